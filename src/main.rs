@@ -1,0 +1,2 @@
+//! nbdbridge.
+fn main() {}
