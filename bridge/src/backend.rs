@@ -1,0 +1,83 @@
+//! The trait that every block source and every layer implements.
+//!
+//! Two paths: `try_read` and `try_write` run on the caller's thread, allocate nothing and must not sleep for
+//! storage; None means "take the slow path". The other operations are futures, polled on the worker that made
+//! them and therefore not `Send`; what the kernel works on, they own.
+//!
+//! Callers have checked range, read-only and flags (`Export::check`): implementations only assert them. No
+//! operation that changes data has a default body, so that each layer must consider each one.
+
+use std::fs::File;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::{Buffer, Extent, Flags, Geometry, Result};
+
+pub mod file;
+pub mod memory;
+pub mod null;
+
+/// A boxed future that stays on its worker.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// A part of a plain file that holds exactly the bytes a read asks for, and is in memory now: a door that sends
+/// plain text may use sendfile(2). The pages are shared: a later overlapping write can still reach the reader.
+#[derive(Clone, Debug)]
+pub struct FileRange {
+    /// The file to send from.
+    pub file: Arc<File>,
+    /// First byte within that file.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// A block source, or a layer that owns another one.
+pub trait Backend: Send + Sync + 'static {
+    /// The present shape. Cheap: called for every request.
+    fn geometry(&self) -> Geometry;
+
+    /// Fills `buf` from `offset` now, or declines with None. After an error the buffer's content is undefined.
+    fn try_read(&self, offset: u64, buf: &mut [u8], flags: Flags) -> Option<Result<()>>;
+
+    /// Stores `data` at `offset` now, or declines with None and has changed nothing.
+    fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>>;
+
+    /// The range as part of a file that can be sent without waiting for storage, or None. The range may be
+    /// shorter than asked (never empty), where the rest is something else; `Hole` says that it reads as zeroes.
+    fn file_range(&self, _offset: u64, _len: u64) -> Option<RangeOrHole> {
+        None
+    }
+
+    /// Fills the buffer from `offset`.
+    fn read(&self, offset: u64, buf: Buffer, flags: Flags) -> LocalFuture<'_, Result<Buffer>>;
+
+    /// Stores the buffer at `offset`; with `Flags::FUA` durably.
+    fn write(&self, offset: u64, data: Buffer, flags: Flags) -> LocalFuture<'_, Result<()>>;
+
+    /// Makes every write that was answered before this call durable.
+    fn flush(&self) -> LocalFuture<'_, Result<()>>;
+
+    /// Drops the content of a range; what it reads as afterwards is not defined.
+    fn trim(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<()>>;
+
+    /// Makes a range read as zeroes.
+    fn write_zeroes(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<()>>;
+
+    /// Brings a range closer.
+    fn cache(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>>;
+
+    /// Describes the range from its start: at least one extent; together no longer than `len`, and shorter where
+    /// the list would become too long. With `Flags::REQ_ONE` one extent is enough.
+    fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>>;
+}
+
+/// What `Backend::file_range` answers with.
+#[derive(Clone, Debug)]
+pub enum RangeOrHole {
+    /// Bytes in a file.
+    Range(FileRange),
+    /// This many bytes that read as zeroes.
+    Hole(u64),
+}

@@ -1,0 +1,190 @@
+//! An export: a name, a stack of layers over a backend, and the one way in for requests.
+//!
+//! Here and only here a request is checked (range, alignment, read-only, flags); what is below may rely on it.
+//! Every request is counted, on either path. Admission by bytes happens where buffers are made, at the door.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::stats::Stats;
+use crate::{
+    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
+    Request, Result,
+};
+
+/// Where a fast request's bytes go or come from.
+pub enum Data<'a> {
+    /// To be filled by a read.
+    Into(&'a mut [u8]),
+    /// To be stored by a write.
+    From(&'a [u8]),
+}
+
+/// The answer to a request that succeeded.
+#[derive(Debug)]
+pub enum Reply {
+    /// Done; nothing to hand over.
+    Done,
+    /// What a read found.
+    Data(Buffer),
+    /// What block status found.
+    Extents(Vec<Extent>),
+}
+
+/// A block source under a name.
+pub struct Export {
+    name: String,
+    description: Option<String>,
+    backend: Box<dyn Backend>,
+    stats: Stats,
+}
+
+impl Export {
+    /// An export of this stack.
+    pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
+        Arc::new(Export { name: name.into(), description, backend, stats: Stats::new() })
+    }
+
+    /// The name that clients ask for; "" is the default export.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Words for people.
+    pub fn description(&self) -> Option<&str> {
+        self.description.as_deref()
+    }
+
+    /// The present shape.
+    pub fn geometry(&self) -> Geometry {
+        self.backend.geometry()
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Executes a read or write now, or declines with None: then [`Export::execute`] is the way. `arrived` is
+    /// when the request came in; the latency counts from there.
+    #[inline]
+    pub fn try_execute(&self, request: &Request, data: Data<'_>, arrived: Instant) -> Option<Result<()>> {
+        if let Err(error) = self.check(request) {
+            self.record(request, false, arrived);
+            return Some(Err(error));
+        }
+        let result = match data {
+            Data::Into(buf) => self.backend.try_read(request.offset, buf, request.flags),
+            Data::From(data) => self.backend.try_write(request.offset, data, request.flags),
+        }?;
+        self.record(request, result.is_ok(), arrived);
+        Some(result)
+    }
+
+    /// The start of a read's range as part of a file in memory, or as a hole; None where only the other ways
+    /// will do. Counts what it answers; the caller asks for the rest with `Flags::CONTINUED`.
+    pub fn try_file_range(&self, request: &Request, arrived: Instant) -> Option<RangeOrHole> {
+        self.check(request).ok()?;
+        let range = self.backend.file_range(request.offset, request.len)?;
+        let len = match &range {
+            RangeOrHole::Range(range) => range.len,
+            RangeOrHole::Hole(len) => *len,
+        };
+        self.record(&Request { len, ..*request }, true, arrived);
+        Some(range)
+    }
+
+    /// Executes a request. `data` holds what a write stores; for a read it is the buffer to fill, of the
+    /// request's length; for others None.
+    pub async fn execute(&self, request: Request, data: Option<Buffer>, arrived: Instant) -> Result<Reply> {
+        let result = self.dispatch(request, data).await;
+        self.record(&request, result.is_ok(), arrived);
+        result
+    }
+
+    /// Checks a request against the present shape.
+    ///
+    /// # Errors
+    /// `NoSpace` for a write or zeroes past the end, `InvalidInput` for others; `ReadOnly`; `InvalidInput` for a
+    /// flag that does not apply or a range that breaks the alignment; `NotSupported` for an operation that this
+    /// source does not have.
+    #[inline]
+    pub fn check(&self, request: &Request) -> Result<()> {
+        let geometry = self.backend.geometry();
+        let (operation, caps) = (request.operation, geometry.capabilities);
+        if operation.changes_data() && caps.contains(Capabilities::READ_ONLY) {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if request.offset.checked_add(request.len).is_none_or(|end| end > geometry.size) {
+            let kind = match operation {
+                Operation::Write | Operation::WriteZeroes => ErrorKind::NoSpace,
+                _ => ErrorKind::InvalidInput,
+            };
+            return Err(Error::new(kind, "the range goes past the end of the export"));
+        }
+        if geometry.min_block > 1 {
+            check_alignment(request, &geometry)?;
+        }
+        let refused = match operation {
+            Operation::Read | Operation::Write => return Ok(()),
+            Operation::Flush => !caps.contains(Capabilities::FLUSH),
+            Operation::Trim => !caps.contains(Capabilities::TRIM),
+            Operation::WriteZeroes => !caps.contains(Capabilities::WRITE_ZEROES),
+            Operation::Cache | Operation::BlockStatus => false,
+        };
+        if refused {
+            return Err(Error::new(ErrorKind::InvalidInput, "the export does not have this operation"));
+        }
+        if operation == Operation::BlockStatus && request.len == 0 {
+            return Err(Error::new(ErrorKind::InvalidInput, "block status of an empty range"));
+        }
+        Ok(())
+    }
+
+    async fn dispatch(&self, request: Request, data: Option<Buffer>) -> Result<Reply> {
+        self.check(&request)?;
+        let Request { operation, flags, offset, len } = request;
+        if len == 0 && matches!(operation, Operation::Trim | Operation::WriteZeroes | Operation::Cache) {
+            return Ok(Reply::Done);
+        }
+        match (operation, data) {
+            (Operation::Read, Some(buf)) => {
+                debug_assert_eq!(buf.len() as u64, len);
+                self.backend.read(offset, buf, flags).await.map(Reply::Data)
+            }
+            (Operation::Write, Some(data)) => {
+                debug_assert_eq!(data.len() as u64, len);
+                self.backend.write(offset, data, flags).await.map(|()| Reply::Done)
+            }
+            (Operation::Read | Operation::Write, None) => {
+                Err(Error::new(ErrorKind::Io, "a read or write came without its buffer"))
+            }
+            (Operation::Flush, _) => self.backend.flush().await.map(|()| Reply::Done),
+            (Operation::Trim, _) => self.backend.trim(offset, len, flags).await.map(|()| Reply::Done),
+            (Operation::WriteZeroes, _) => {
+                self.backend.write_zeroes(offset, len, flags).await.map(|()| Reply::Done)
+            }
+            (Operation::Cache, _) => self.backend.cache(offset, len).await.map(|()| Reply::Done),
+            (Operation::BlockStatus, _) => {
+                self.backend.block_status(offset, len, flags).await.map(Reply::Extents)
+            }
+        }
+    }
+
+    #[inline]
+    fn record(&self, request: &Request, ok: bool, arrived: Instant) {
+        let counted = !request.flags.contains(Flags::CONTINUED);
+        self.stats.record(request.operation, request.len, ok, counted, arrived.elapsed());
+    }
+}
+
+#[cold]
+fn check_alignment(request: &Request, geometry: &Geometry) -> Result<()> {
+    let mask = u64::from(geometry.min_block) - 1;
+    // The last, shorter block of a size that is no multiple may be asked for whole.
+    let end = request.offset + request.len;
+    if request.offset & mask != 0 || (end & mask != 0 && end != geometry.size) {
+        return Err(Error::new(ErrorKind::InvalidInput, "the range is not a multiple of the minimum block"));
+    }
+    Ok(())
+}

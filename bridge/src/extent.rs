@@ -1,0 +1,35 @@
+//! Block status: runs of bytes that are data, zeroes or holes.
+
+/// What a run of bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Allocated, content unknown.
+    Data,
+    /// Allocated, and reads as zeroes.
+    Zero,
+    /// Not allocated, and reads as zeroes.
+    Hole,
+}
+
+/// A run of bytes of one kind. Its place follows from the runs before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, at least 1.
+    pub len: u64,
+    /// What it is.
+    pub kind: ExtentKind,
+}
+
+/// Most extents that one block-status request answers with.
+pub const MAX_EXTENTS: usize = 4096;
+
+/// Appends a run, joining it with the last one where the kinds agree.
+pub fn push_extent(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
+    if len == 0 {
+        return;
+    }
+    match extents.last_mut() {
+        Some(last) if last.kind == kind => last.len += len,
+        _ => extents.push(Extent { len, kind }),
+    }
+}

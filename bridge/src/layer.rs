@@ -1,0 +1,1 @@
+//! Layers: backends that own another backend and change how it behaves.
