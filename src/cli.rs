@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub(crate) use net::{ExportArg, NetArgs};
+pub(crate) use net::{DEFAULT_PORT, ExportArg, NetArgs};
 pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Host, Listen, Source};
 
 /// Exit status of a command line that makes no sense.

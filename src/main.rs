@@ -3,7 +3,13 @@
 // Until the server is wired, half of what the command line says has no reader.
 #[allow(dead_code, unused_imports)]
 mod cli;
+#[allow(dead_code)]
+mod daemon;
 mod size;
+#[allow(dead_code)]
+mod systemd;
+#[allow(dead_code)]
+mod uri;
 
 use std::process::ExitCode;
 
