@@ -1,0 +1,156 @@
+//! The command line: words to typed values ([`Action`], [`NetArgs`]), and nothing else. It opens no image and
+//! no socket.
+//!
+//! ```text
+//!   argv ──clap──> NetFlags ──checks──> NetArgs ──> net_main
+//!            └── a flag of qemu-nbd's that we answer in one line (qemu.rs)
+//! ```
+//!
+//! Usage errors are one line on stderr and exit status 2; help and version are clap's.
+
+pub(crate) mod create;
+pub(crate) mod logging;
+mod net;
+mod qemu;
+mod values;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+pub(crate) use net::{DEFAULT_PORT, ExportArg, NetArgs};
+pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Host, Listen, Source};
+
+/// Exit status of a command line that makes no sense.
+const USAGE_STATUS: u8 = 2;
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// `nbdbridge net`: serve.
+    Net(Box<NetArgs>),
+    /// `nbdbridge create`: make an image.
+    Create(create::CreateArgs),
+    /// `nbdbridge completions`: print a completion script.
+    Completions(clap_complete::Shell),
+}
+
+/// A command line that cannot be meant. Where `main` finds one in its error, the exit status is 2.
+#[derive(Debug)]
+pub(crate) struct UsageError(String);
+
+impl UsageError {
+    /// One line that names the flag and the way out.
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        UsageError(message.into())
+    }
+}
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// A userspace block bridge: serves disk images over NBD.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nbdbridge",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    subcommand_required = true,
+    max_term_width = 110,
+    after_help = "Serve an image:  nbdbridge net disk.img\n\
+                  Make one first:  nbdbridge create disk.img 10G"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Words,
+}
+
+#[derive(Debug, Subcommand)]
+enum Words {
+    /// Serve disk images to NBD clients
+    Net(Box<net::NetFlags>),
+    /// Make an empty disk image
+    Create(create::CreateArgs),
+    /// Print a completion script for a shell
+    #[command(after_help = "For bash:  nbdbridge completions bash \
+                            > /usr/share/bash-completion/completions/nbdbridge")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
+    let matches = command().try_get_matches_from(args).map_err(|error| answer(&error))?;
+    if let Some(line) = matches.subcommand_matches("net").and_then(qemu::answer) {
+        return Err(report(&UsageError::new(line).into()));
+    }
+    match Cli::from_arg_matches(&matches).map_err(|error| answer(&error))?.command {
+        Words::Net(flags) => match flags.into_args() {
+            Ok(args) => Ok(Action::Net(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
+        Words::Create(args) => Ok(Action::Create(args)),
+        Words::Completions { shell } => Ok(Action::Completions(shell)),
+    }
+}
+
+/// Writes a shell's completion script.
+pub(crate) fn write_completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
+    clap_complete::generate(shell, &mut command(), "nbdbridge", out);
+}
+
+/// Says an error as one line on stderr; gives 2 for a [`UsageError`] and 1 for others.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("nbdbridge: {}", join_lines(&format!("{error:#}")));
+    if error.is::<UsageError>() { ExitCode::from(USAGE_STATUS) } else { ExitCode::FAILURE }
+}
+
+fn command() -> clap::Command {
+    Cli::command().mut_subcommand("net", |net| net.args(qemu::hidden_args()))
+}
+
+/// Help and version as clap prints them; its errors as one line.
+fn answer(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // A reader that went away (`| head`) is no failure.
+        let _ = error.print();
+        return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE_STATUS));
+    }
+    eprintln!("nbdbridge: {}", one_line(error));
+    ExitCode::from(USAGE_STATUS)
+}
+
+/// The first paragraph of clap's text, its tips, and where to read on.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let mut paragraphs = text.split("\n\n");
+    let first = paragraphs.next().unwrap_or_default();
+    let mut line = join_lines(first.strip_prefix("error: ").unwrap_or(first));
+    for tip in paragraphs.filter_map(|paragraph| paragraph.trim().strip_prefix("tip: ")) {
+        line.push_str("; ");
+        line.push_str(&join_lines(tip));
+    }
+    if error.kind() == ErrorKind::InvalidSubcommand {
+        line.push_str("; to serve an image: nbdbridge net IMAGE");
+    }
+    line.push_str(" (try --help)");
+    line
+}
+
+fn join_lines(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests;

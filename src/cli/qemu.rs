@@ -1,0 +1,102 @@
+//! The flags of qemu-nbd that this version does not have: each is known, and answered with one line that says
+//! how to get there today. The flags that we share are in `net.rs`.
+
+use clap::{Arg, ArgAction, ArgMatches, builder::OsStringValueParser};
+
+struct Foreign {
+    short: Option<char>,
+    long: &'static str,
+    takes_value: bool,
+    answer: &'static str,
+}
+
+const TLS: &str =
+    "TLS is not in this version; serve on a Unix socket behind ssh or stunnel, or use nbdkit or qemu-nbd";
+
+/// As `qemu-nbd --help` lists them (10.0), and `--partition` of older versions.
+const FOREIGN: &[Foreign] = &[
+    flag(
+        'A',
+        "allocation-depth",
+        "not in this version; qemu-nbd has it, and qemu-img map shows it for a local image",
+    ),
+    value('B', "bitmap", "dirty bitmaps are not in this version; use qemu-nbd"),
+    value(
+        'c',
+        "connect",
+        "`nbdbridge ublk` is planned, not in this version; serve with -k SOCKET, then nbd-client -unix SOCKET DEV",
+    ),
+    flag('d', "disconnect", "we attach no kernel device in this version; nbd-client -d DEV lets go of one"),
+    flag('L', "list", "not in this version; nbdinfo --list URI shows a server's exports"),
+    value(
+        'l',
+        "load-snapshot",
+        "snapshots inside an image are not in this version; qemu-img convert -l SNAPSHOT -O raw makes an image of one",
+    ),
+    value(
+        'P',
+        "partition",
+        "not in this version; find the start with fdisk -l and give it to --offset, or use nbdkit's partition filter",
+    ),
+    flag('s', "snapshot", "not in this version; qemu-nbd has it, or serve a copy (cp --reflink=auto)"),
+    value(
+        'T',
+        "trace",
+        "not in this version; -vvv, or NBDBRIDGE_LOG=trace in the environment, shows every request",
+    ),
+    long_value(
+        "object",
+        "there are no objects here: limits are --throttle, and TLS is not in this version (qemu-nbd has it)",
+    ),
+    long_value("tls-creds", TLS),
+    long_value("tls-hostname", TLS),
+    long_value("tls-authz", TLS),
+    long_value(
+        "selinux-label",
+        "not in this version; start the server with runcon, or with SELinuxContext= in its systemd unit",
+    ),
+    Foreign {
+        short: None,
+        long: "image-opts",
+        takes_value: false,
+        answer: "not in this version; give a path, file:PATH, mem:SIZE or null:SIZE, and settings by flags of their own",
+    },
+];
+
+const fn flag(short: char, long: &'static str, answer: &'static str) -> Foreign {
+    Foreign { short: Some(short), long, takes_value: false, answer }
+}
+
+const fn value(short: char, long: &'static str, answer: &'static str) -> Foreign {
+    Foreign { short: Some(short), long, takes_value: true, answer }
+}
+
+const fn long_value(long: &'static str, answer: &'static str) -> Foreign {
+    Foreign { short: None, long, takes_value: true, answer }
+}
+
+/// The flags for clap to know, kept out of the help.
+pub(super) fn hidden_args() -> impl Iterator<Item = Arg> {
+    FOREIGN.iter().map(|foreign| {
+        let arg = Arg::new(foreign.long).long(foreign.long).hide(true);
+        let arg = match foreign.short {
+            Some(short) => arg.short(short),
+            None => arg,
+        };
+        if foreign.takes_value {
+            arg.action(ArgAction::Append).value_parser(OsStringValueParser::new()).value_name("VALUE")
+        } else {
+            arg.action(ArgAction::Count)
+        }
+    })
+}
+
+/// The line for the first of them that was given.
+pub(super) fn answer(matches: &ArgMatches) -> Option<String> {
+    let given = |foreign: &&Foreign| {
+        matches.value_source(foreign.long) == Some(clap::parser::ValueSource::CommandLine)
+    };
+    let foreign = FOREIGN.iter().find(given)?;
+    let short = foreign.short.map(|short| format!("-{short}/")).unwrap_or_default();
+    Some(format!("{short}--{}: {}", foreign.long, foreign.answer))
+}

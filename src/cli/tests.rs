@@ -1,0 +1,171 @@
+//! Command lines to values. What a person sees on the terminal is tested on the program itself (tests/cli.rs).
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::values::{self, AioMode, CacheMode, DiscardMode, Host, Listen, Source};
+use super::*;
+
+fn net(line: &str) -> NetArgs {
+    match words(line.split_whitespace().map(OsString::from)) {
+        Ok(Action::Net(args)) => *args,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn refused(line: &str) {
+    assert!(words(line.split_whitespace().map(OsString::from)).is_err(), "{line}");
+}
+
+fn words(words: impl Iterator<Item = OsString>) -> Result<Action, ExitCode> {
+    parse(["nbdbridge".into(), "net".into()].into_iter().chain(words))
+}
+
+fn local(port: u16) -> Listen {
+    Listen::Tcp { host: Host::Address([127, 0, 0, 1].into()), port }
+}
+
+fn path(text: &str) -> Source {
+    Source::Path(PathBuf::from(text))
+}
+
+#[test]
+fn clap_finds_no_fault_with_the_flags() {
+    command().debug_assert();
+}
+
+#[test]
+fn one_word_is_enough() {
+    let args = net("disk.img");
+    assert_eq!(
+        args.exports,
+        [ExportArg { name: String::new(), description: None, source: path("disk.img") }]
+    );
+    assert!(args.listen.is_empty());
+    assert_eq!(args.listen_or_default(), [local(10809)]);
+    assert_eq!(args.handshake_limit, Some(Duration::from_secs(10)));
+    assert_eq!(args.send_timeout, Duration::from_secs(30));
+    assert_eq!(args.drain_timeout, Duration::from_secs(10));
+    assert_eq!(
+        (args.cache, args.aio, args.discard),
+        (CacheMode::Writeback, AioMode::Auto, DiscardMode::Unmap)
+    );
+    assert_eq!((args.offset, args.create, args.throttle.as_deref()), (0, None, None));
+    assert_eq!((args.max_in_flight, args.memory_budget), (128, 256 << 20));
+    assert!(args.workers >= 1 && args.shared.is_none() && args.lock);
+    assert!(!args.read_only && !args.once && !args.fork && args.pid_file.is_none());
+}
+
+#[test]
+fn the_letters_of_qemu_nbd() {
+    let line = "-b ::1 -p 0 -k /run/x.sock -x name -D words -e 5 -f raw -r -o 1M -t --fork --pid-file x.pid \
+                --handshake-limit 0 -n --aio native --discard off --detect-zeroes=off -vv disk.img";
+    let args = net(line);
+    let tcp = Listen::Tcp { host: Host::Address("::1".parse().unwrap()), port: 0 };
+    assert_eq!(args.listen, [Listen::Unix("/run/x.sock".into()), tcp]);
+    assert_eq!(args.exports[0].name, "name");
+    assert_eq!(args.exports[0].description.as_deref(), Some("words"));
+    assert_eq!(args.shared.map(u32::from), Some(5));
+    assert_eq!((args.offset, args.verbose), (1 << 20, 2));
+    assert!(args.read_only && args.fork && !args.once);
+    assert_eq!(args.handshake_limit, None);
+    assert_eq!(
+        (args.cache, args.aio, args.discard),
+        (CacheMode::None, AioMode::IoUring, DiscardMode::Ignore)
+    );
+}
+
+#[test]
+fn the_flags_of_our_own() {
+    let args = net("mem:1M --once --workers 3 --max-in-flight 7 --memory-budget 1G --send-timeout 500ms \
+         --drain-timeout 0 --no-lock --cache unsafe --aio threads --discard on --throttle iops-total=1,bps-read=2 \
+         --throttle iops-size=4k");
+    assert!(args.once && !args.lock);
+    assert_eq!((args.workers, args.max_in_flight, args.memory_budget), (3, 7, 1 << 30));
+    assert_eq!((args.send_timeout, args.drain_timeout), (Duration::from_millis(500), Duration::ZERO));
+    assert_eq!(
+        (args.cache, args.aio, args.discard),
+        (CacheMode::Unsafe, AioMode::Threads, DiscardMode::Unmap)
+    );
+    assert_eq!(args.throttle.as_deref(), Some("iops-total=1,bps-read=2,iops-size=4k"));
+}
+
+#[test]
+fn where_to_listen() {
+    let tcp = |name: &str, port| Listen::Tcp { host: Host::Name(name.into()), port };
+    assert_eq!(net("x -k s").listen, [Listen::Unix("s".into())]);
+    assert_eq!(net("x -p 1").listen, [local(1)]);
+    assert_eq!(net("x -b localhost").listen, [tcp("localhost", 10809)]);
+    assert_eq!(net("x -b [::]").listen_or_default()[0].to_string(), "[::]:10809");
+    assert!(
+        Host::Name("localhost".into()).resolve(7).unwrap().iter().all(|address| address.ip().is_loopback())
+    );
+    for line in ["x -b 1.2.3.4:5", "x -b *", "x -b a/b", "x -p 65536", "x -p http"] {
+        refused(line);
+    }
+    refused(&format!("x -k {}", "a".repeat(108)));
+}
+
+#[test]
+fn what_to_serve() {
+    let args = net("--export a=one.img --export b=mem:1K --export c==d=e --create 1M");
+    let shown: Vec<_> = args.exports.iter().map(|e| (e.name.as_str(), e.source.clone())).collect();
+    assert_eq!(shown, [("a", path("one.img")), ("b", Source::Memory(1024)), ("c", path("=d=e"))]);
+    assert_eq!(args.create, Some(1 << 20));
+    let args = net("first.img -x one --export =second.img");
+    assert_eq!((args.exports[0].name.as_str(), args.exports[1].name.as_str()), ("one", ""));
+    for line in [
+        "",
+        "-x name --export a=b",
+        "x --export =y",
+        "--export a=b --export a=c",
+        "mem:1M --create 1M",
+        "x -t --once",
+        "x -n --cache none",
+        "x --memory-budget 127M",
+        "x --send-timeout 0",
+        "x --workers 0",
+        "x --max-in-flight 0",
+        "x y",
+    ] {
+        refused(line);
+    }
+}
+
+#[test]
+fn sources() {
+    let parse = |text: &str| values::parse_source(text.into());
+    assert_eq!(parse("mem:1M"), Ok(Source::Memory(1 << 20)));
+    assert_eq!(parse("null:7E"), Ok(Source::Null(7 << 60)));
+    assert_eq!(parse("file:mem:1"), Ok(path("mem:1")));
+    assert_eq!(parse("./mem:x"), Ok(path("./mem:x")));
+    assert_eq!(parse("file:///srv/disk.img"), Ok(path("///srv/disk.img")));
+    assert_eq!(
+        parse("a://b"),
+        Err("URLs are not in this version; give a path, mem:SIZE or null:SIZE".into())
+    );
+    assert_eq!(parse("a b://c"), Ok(path("a b://c")));
+    for text in ["", "file:", "mem:", "mem:x", "null:-1", "mem:8E", "nbd+unix:///x?socket=y"] {
+        assert!(parse(text).is_err(), "{text}");
+    }
+    let odd = OsString::from_vec(vec![b'd', 0xff]);
+    assert_eq!(values::parse_source(odd.clone()), Ok(Source::Path(odd.into())));
+    let odd_name = OsString::from_vec(vec![0xff, b'=', b'x']);
+    assert!(values::parse_export(odd_name).is_err());
+    assert!(values::parse_string(&"x".repeat(4096)).is_ok());
+    assert!(values::parse_string(&"x".repeat(4097)).is_err());
+}
+
+#[test]
+fn times() {
+    for (text, milliseconds) in
+        [("0", 0), ("10", 10_000), ("10s", 10_000), ("500ms", 500), ("1.5", 1500), ("2m", 120_000)]
+    {
+        assert_eq!(values::parse_duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+    }
+    for text in ["", "x", "-1", "1h2", "s", ".", "1e9", "99999999999999999999", "inf", "NaN"] {
+        assert!(values::parse_duration(text).is_err(), "{text}");
+    }
+}
