@@ -1,1 +1,8 @@
 //! Layers: backends that own another backend and change how it behaves.
+//!
+//! Each states its capability rule: what of the inner backend's geometry it keeps, gains and loses. There is no
+//! shared pass-through with defaults on purpose: a new operation has to be considered by every layer.
+
+pub mod readonly;
+
+pub use readonly::ReadOnly;
