@@ -4,5 +4,9 @@
 //! shared pass-through with defaults on purpose: a new operation has to be considered by every layer.
 
 pub mod readonly;
+mod settings;
+pub mod throttle;
 
 pub use readonly::ReadOnly;
+pub use settings::SettingError;
+pub use throttle::{Throttle, ThrottleConfig, ThrottleHandle};
