@@ -46,7 +46,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The range as part of a file that can be sent without waiting for storage, or None. The range may be
     /// shorter than asked (never empty), where the rest is something else; `Hole` says that it reads as zeroes.
-    fn file_range(&self, _offset: u64, _len: u64) -> Option<RangeOrHole> {
+    /// The flags are the read's: a later piece carries `Flags::CONTINUED`.
+    fn file_range(&self, _offset: u64, _len: u64, _flags: Flags) -> Option<RangeOrHole> {
         None
     }
 

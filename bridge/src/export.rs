@@ -85,7 +85,7 @@ impl Export {
     /// will do. Counts what it answers; the caller asks for the rest with `Flags::CONTINUED`.
     pub fn try_file_range(&self, request: &Request, arrived: Instant) -> Option<RangeOrHole> {
         self.check(request).ok()?;
-        let range = self.backend.file_range(request.offset, request.len)?;
+        let range = self.backend.file_range(request.offset, request.len, request.flags)?;
         let len = match &range {
             RangeOrHole::Range(range) => range.len,
             RangeOrHole::Hole(len) => *len,

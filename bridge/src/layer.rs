@@ -1,1 +1,12 @@
 //! Layers: backends that own another backend and change how it behaves.
+//!
+//! Each states its capability rule: what of the inner backend's geometry it keeps, gains and loses. There is no
+//! shared pass-through with defaults on purpose: a new operation has to be considered by every layer.
+
+pub mod readonly;
+mod settings;
+pub mod throttle;
+
+pub use readonly::ReadOnly;
+pub use settings::SettingError;
+pub use throttle::{Throttle, ThrottleConfig, ThrottleHandle};
