@@ -9,11 +9,18 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What every account owns from its beginning, in bytes.
+/// What every account can charge that nobody else can take, in bytes.
 pub const RESERVE_BYTES: u32 = 16 << 10;
+
+/// What an open account takes from the budget: its reserve, and as much each for input and for output that a
+/// door keeps for it without a charge.
+pub const ACCOUNT_BYTES: u32 = 3 * RESERVE_BYTES;
 
 /// The smallest budget: a quarter of it must hold the largest request, 32 MiB.
 pub const MIN_BUDGET_BYTES: u64 = 128 << 20;
+
+/// What one account may hold at least: the largest request and what comes on top of it.
+const MIN_CAP_BYTES: u64 = 34 << 20;
 
 /// The bytes that all connections together may hold.
 #[derive(Debug)]
@@ -32,8 +39,10 @@ impl Budget {
 
     /// Opens an account; None where not even its reserve is free.
     pub fn open_account(self: &Arc<Self>) -> Option<Account> {
-        let reserve = self.free.clone().try_acquire_many_owned(RESERVE_BYTES).ok()?;
-        let cap = usize::try_from(self.total / 4).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let reserve = self.free.clone().try_acquire_many_owned(ACCOUNT_BYTES).ok()?;
+        // A quarter, but always enough for the largest request with its overhead.
+        let cap = usize::try_from((self.total / 4).max(MIN_CAP_BYTES)).unwrap_or(usize::MAX);
+        let cap = cap.min(Semaphore::MAX_PERMITS);
         Some(Account {
             shared: self.free.clone(),
             own: Arc::new(Semaphore::new(RESERVE_BYTES as usize)),
@@ -116,7 +125,7 @@ mod tests {
         let budget = Budget::new(128 << 20);
         let accounts: Vec<Account> = (0..5).map(|_| budget.open_account().unwrap()).collect();
         let mut held: Vec<Charge> = (0..4).flat_map(|n| accounts[n].try_charge(31 << 20)).collect();
-        assert!(accounts[0].try_charge(2 << 20).is_none(), "over its quarter");
+        assert!(accounts[0].try_charge(4 << 20).is_none(), "over its quarter");
         while let Some(charge) = accounts[4].try_charge(1 << 20) {
             held.push(charge);
         }
@@ -155,6 +164,6 @@ mod tests {
             accounts.push(account);
             assert!(accounts.len() < 100_000);
         }
-        assert_eq!(accounts.len() as u64, MIN_BUDGET_BYTES / u64::from(RESERVE_BYTES));
+        assert_eq!(accounts.len() as u64, MIN_BUDGET_BYTES / u64::from(ACCOUNT_BYTES));
     }
 }

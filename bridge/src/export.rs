@@ -69,8 +69,7 @@ impl Export {
     /// when the request came in; the latency counts from there.
     #[inline]
     pub fn try_execute(&self, request: &Request, data: Data<'_>, arrived: Instant) -> Option<Result<()>> {
-        if let Err(error) = self.check(request) {
-            self.record(request, false, arrived);
+        if let Err(error) = self.admit(request, arrived) {
             return Some(Err(error));
         }
         let result = match data {
@@ -81,15 +80,32 @@ impl Export {
         Some(result)
     }
 
+    /// Checks a request whose data is still on its way; a failure counts as the request's answer.
+    ///
+    /// # Errors
+    /// As [`Export::check`].
+    #[inline]
+    pub fn admit(&self, request: &Request, arrived: Instant) -> Result<()> {
+        let result = self.check(request);
+        if result.is_err() {
+            self.record(request, false, arrived);
+        }
+        result
+    }
+
     /// The start of a read's range as part of a file in memory, or as a hole; None where only the other ways
-    /// will do. Counts what it answers; the caller asks for the rest with `Flags::CONTINUED`.
-    pub fn try_file_range(&self, request: &Request, arrived: Instant) -> Option<RangeOrHole> {
+    /// will do. `whole` declines anything but the whole range as part of a file. Counts what it answers; the
+    /// caller asks for the rest with `Flags::CONTINUED`.
+    pub fn try_file_range(&self, request: &Request, whole: bool, arrived: Instant) -> Option<RangeOrHole> {
         self.check(request).ok()?;
         let range = self.backend.file_range(request.offset, request.len, request.flags)?;
-        let len = match &range {
-            RangeOrHole::Range(range) => range.len,
-            RangeOrHole::Hole(len) => *len,
+        let (len, is_file) = match &range {
+            RangeOrHole::Range(range) => (range.len, true),
+            RangeOrHole::Hole(len) => (*len, false),
         };
+        if whole && !(is_file && len == request.len) {
+            return None;
+        }
         self.record(&Request { len, ..*request }, true, arrived);
         Some(range)
     }
@@ -130,7 +146,8 @@ impl Export {
             Operation::Flush => !caps.contains(Capabilities::FLUSH),
             Operation::Trim => !caps.contains(Capabilities::TRIM),
             Operation::WriteZeroes => !caps.contains(Capabilities::WRITE_ZEROES),
-            Operation::Cache | Operation::BlockStatus => false,
+            Operation::Cache => !caps.contains(Capabilities::CACHE),
+            Operation::BlockStatus => false,
         };
         if refused {
             return Err(Error::new(ErrorKind::InvalidInput, "the export does not have this operation"));

@@ -5,8 +5,10 @@
 
 pub mod readonly;
 mod settings;
+pub mod slice;
 pub mod throttle;
 
 pub use readonly::ReadOnly;
 pub use settings::SettingError;
+pub use slice::Slice;
 pub use throttle::{Throttle, ThrottleConfig, ThrottleHandle};

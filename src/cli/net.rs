@@ -10,6 +10,7 @@ use clap::{ArgAction, Args};
 
 use super::UsageError;
 use super::values::{self, AioMode, CacheMode, DiscardMode, Format, Host, Listen, Source};
+use crate::net::Settings;
 use crate::size;
 
 /// The port that the protocol's registration names.
@@ -53,7 +54,7 @@ pub(crate) struct NetArgs {
     /// Worker threads, at least one.
     pub(crate) workers: usize,
     /// Requests in flight on one connection, at least one.
-    pub(crate) max_in_flight: usize,
+    pub(crate) max_in_flight: u32,
     /// Bytes that all connections together may hold.
     pub(crate) memory_budget: u64,
     /// How long a client may leave an answer unread; not zero.
@@ -213,9 +214,9 @@ pub(super) struct NetFlags {
     workers: Option<u16>,
 
     /// Requests in flight on one connection at most
-    #[arg(long, value_name = "N", default_value = "128", value_parser = clap::value_parser!(u16).range(1..=16384),
+    #[arg(long, value_name = "N", default_value = "128", value_parser = clap::value_parser!(u32).range(1..=i64::from(Settings::MAX_IN_FLIGHT)),
           help_heading = PROCESS)]
-    max_in_flight: u16,
+    max_in_flight: u32,
 
     /// Bytes that requests of all connections may hold at most; 128M or more
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = values::parse_budget,
@@ -264,7 +265,7 @@ impl NetFlags {
             verbose: self.verbose,
             create: self.create,
             workers: self.workers.map_or_else(cores, usize::from),
-            max_in_flight: self.max_in_flight.into(),
+            max_in_flight: self.max_in_flight,
             memory_budget: self.memory_budget,
             send_timeout: self.send_timeout,
             drain_timeout: self.drain_timeout,

@@ -1,0 +1,116 @@
+//! What a connection keeps of its input between passes: unprocessed bytes, and a payload that is still arriving.
+
+use std::rc::Rc;
+
+use bridge::{Charge, Flags};
+use nbd_proto::NbdError;
+
+use super::arena::{RECEIVE_BYTES, SMALL_BYTES};
+use super::connection::Connection;
+use super::slow::WriteJob;
+
+/// A payload whose request has been taken in, and whose bytes are still arriving.
+pub(super) enum Payload {
+    /// Nobody wants it; then the request is refused.
+    Skip { left: u64, cookie: u64, offset: u64, error: NbdError },
+    /// Stored piece by piece.
+    Store { left: u64, offset: u64, flags: Flags, job: Rc<WriteJob> },
+}
+
+/// Why a pass ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// All complete requests are processed: receive more.
+    NeedMore,
+    /// Too much is in flight, or waits for the socket.
+    Full,
+    /// This many bytes of memory are needed first.
+    Charge(u32),
+    /// The peer said goodbye.
+    End,
+}
+
+/// The input side of a connection.
+#[derive(Default)]
+pub(super) struct Input {
+    /// Unprocessed bytes, from `start` on.
+    kept: Vec<u8>,
+    start: usize,
+    /// Pays for the bytes kept beyond what the reserve covers.
+    charge: Option<Charge>,
+    /// The last receive filled its buffer: there is more than a small one holds.
+    wants_more: bool,
+    /// A payload still arriving.
+    pub(super) payload: Option<Payload>,
+    /// A charge that was waited for on behalf of the request that comes first.
+    pub(super) granted: Option<(u32, Charge)>,
+}
+
+impl Input {
+    pub(super) fn new(first: Vec<u8>) -> Self {
+        Input { kept: first, ..Input::default() }
+    }
+
+    /// Bytes kept from earlier passes.
+    pub(super) fn unprocessed(&self) -> &[u8] {
+        &self.kept[self.start..]
+    }
+
+    /// Whether the peer is in the middle of a request, so that it must go on sending.
+    pub(super) fn is_midway(&self) -> bool {
+        self.payload.is_some() || self.start < self.kept.len()
+    }
+
+    /// Whether more may be kept than the reserve covers.
+    pub(super) fn is_charged(&self) -> bool {
+        self.charge.is_some()
+    }
+
+    /// How many bytes the next pass may hold at once: many only where they are paid for.
+    pub(super) fn window(&mut self, connection: &Connection) -> usize {
+        if self.wants_more && self.charge.is_none() {
+            self.charge = connection.account.try_charge(RECEIVE_BYTES as u32);
+        }
+        if self.charge.is_some() { RECEIVE_BYTES } else { SMALL_BYTES.max(self.unprocessed().len()) }
+    }
+
+    /// Notes how a receive went: `received` of `room` bytes.
+    pub(super) fn received(&mut self, received: usize, room: usize) {
+        if received == room {
+            self.wants_more = true;
+        } else if received < SMALL_BYTES / 2 {
+            self.wants_more = false;
+        }
+    }
+
+    /// `bytes` were offered to a pass, which processed `used` of them; they begin with the kept ones.
+    pub(super) fn keep_rest(&mut self, bytes: &[u8], used: usize) {
+        self.kept.clear();
+        self.start = 0;
+        self.kept.extend_from_slice(&bytes[used..]);
+        self.settle();
+    }
+
+    /// A pass over the kept bytes themselves processed `used` of them.
+    pub(super) fn skip(&mut self, used: usize) {
+        self.start += used;
+        self.settle();
+    }
+
+    /// Gives memory back that is needed no more.
+    fn settle(&mut self) {
+        if self.start == self.kept.len() {
+            self.kept.clear();
+            self.start = 0;
+        }
+        let left = self.kept.len() - self.start;
+        if left <= SMALL_BYTES {
+            self.charge = None;
+            if self.kept.capacity() > SMALL_BYTES {
+                self.kept = self.kept.split_off(self.start);
+                self.kept.shrink_to(SMALL_BYTES);
+                self.start = 0;
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Answers that wait for the socket: a queue of segments, each sent whole before the next begins.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+
+use bridge::{Buffer, Charge, FileRange};
+
+use super::socket::Socket;
+
+/// Segments gathered into one send at most.
+const GATHER: usize = 32;
+
+/// Sent at once from a file at most, so that one connection does not hold its worker for long.
+const FILE_PIECE_BYTES: usize = 1 << 20;
+
+/// What a segment carries behind its head.
+pub(super) enum Body {
+    None,
+    Bytes(Vec<u8>),
+    Buffer(Buffer),
+    File(FileRange),
+}
+
+impl Body {
+    fn len(&self) -> usize {
+        match self {
+            Body::None => 0,
+            Body::Bytes(bytes) => bytes.len(),
+            Body::Buffer(buffer) => buffer.len(),
+            Body::File(range) => usize::try_from(range.len).unwrap_or(usize::MAX),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Body::Bytes(bytes) => bytes,
+            Body::Buffer(buffer) => buffer,
+            Body::None | Body::File(_) => &[],
+        }
+    }
+}
+
+/// Bytes that leave in one piece: a chunk, an answer, or several of them.
+pub(super) struct Segment {
+    /// Headers.
+    pub(super) head: Vec<u8>,
+    /// Payload.
+    pub(super) body: Body,
+    /// How many requests are answered when the last byte is out.
+    pub(super) answers: u32,
+    /// The memory it holds, given back when it is out.
+    pub(super) charge: Charge,
+}
+
+/// How far sending came.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// All is out.
+    All,
+    /// The socket took no more.
+    Blocked,
+}
+
+/// The queue of one connection.
+#[derive(Default)]
+pub(super) struct Output {
+    queue: VecDeque<Segment>,
+    /// Bytes of the first segment that are out already.
+    sent: usize,
+    /// Bytes in the queue that are held in memory, sent or not.
+    held: usize,
+}
+
+impl Output {
+    pub(super) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Bytes of memory that wait here.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.held
+    }
+
+    pub(super) fn push(&mut self, segment: Segment) {
+        self.held += held_by(&segment);
+        self.queue.push_back(segment);
+    }
+
+    /// Forgets everything; returns how many answers are lost with it.
+    pub(super) fn clear(&mut self) -> u32 {
+        self.sent = 0;
+        self.held = 0;
+        self.queue.drain(..).map(|segment| segment.answers).sum()
+    }
+
+    /// Sends as much as the socket takes. `answered` counts requests whose answer is out.
+    pub(super) fn send(&mut self, socket: &Socket, answered: &mut u32) -> io::Result<Sent> {
+        while let Some(first) = self.queue.front() {
+            let in_head = self.sent < first.head.len();
+            let sent = match &first.body {
+                Body::File(range) if !in_head => {
+                    let done = self.sent - first.head.len();
+                    let left = first.body.len() - done;
+                    match socket.send_file(
+                        &range.file,
+                        range.offset + done as u64,
+                        left.min(FILE_PIECE_BYTES),
+                    )? {
+                        Some(0) if left > 0 => return Err(shrunk()),
+                        sent => sent,
+                    }
+                }
+                _ => self.send_gathered(socket)?,
+            };
+            match sent {
+                Some(sent) => self.advance(sent, answered),
+                None => return Ok(Sent::Blocked),
+            }
+        }
+        Ok(Sent::All)
+    }
+
+    /// One send of all that comes before the first file.
+    fn send_gathered(&self, socket: &Socket) -> io::Result<Option<usize>> {
+        let mut slices = [IoSlice::new(&[]); 2 * GATHER];
+        let (mut count, mut skip, mut more) = (0, self.sent, false);
+        for segment in self.queue.iter().take(GATHER) {
+            for part in [&segment.head[..], segment.body.bytes()] {
+                let done = skip.min(part.len());
+                skip -= done;
+                if done < part.len() {
+                    slices[count] = IoSlice::new(&part[done..]);
+                    count += 1;
+                }
+            }
+            if matches!(segment.body, Body::File(_)) {
+                more = true;
+                break;
+            }
+        }
+        socket.send_gathered(&slices[..count], more)
+    }
+
+    fn advance(&mut self, mut sent: usize, answered: &mut u32) {
+        while let Some(first) = self.queue.front() {
+            let left = first.head.len() + first.body.len() - self.sent;
+            if sent < left {
+                self.sent += sent;
+                return;
+            }
+            sent -= left;
+            self.sent = 0;
+            self.held -= held_by(first);
+            *answered += first.answers;
+            self.queue.pop_front();
+        }
+    }
+}
+
+fn held_by(segment: &Segment) -> usize {
+    segment.head.len() + segment.body.bytes().len()
+}
+
+fn shrunk() -> io::Error {
+    io::Error::other("the image became shorter while a read of it was being sent")
+}

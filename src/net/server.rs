@@ -1,0 +1,197 @@
+//! The server: what all connections share, and its life from the first client to the end of the drain.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use bridge::worker::Workers;
+use bridge::{Budget, Capabilities, Export, Request};
+use tokio::sync::watch;
+
+use super::connection::for_each_here;
+use super::directory::Exports;
+use super::session;
+
+/// What a user can set.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Requests of one connection in flight at most, 1 to [`Settings::MAX_IN_FLIGHT`].
+    pub(crate) max_in_flight: u32,
+    /// A handshake that takes longer is dropped.
+    pub(crate) handshake_limit: Duration,
+    /// A client that takes no answers for so long is dropped.
+    pub(crate) send_timeout: Duration,
+    /// A client that stops for so long in the middle of a request is dropped.
+    pub(crate) payload_timeout: Duration,
+    /// At a shutdown, what is in flight gets so long.
+    pub(crate) drain_timeout: Duration,
+    /// Clients at the same time at most; None for any number.
+    pub(crate) max_clients: Option<usize>,
+    /// The bytes that all clients together may hold.
+    pub(crate) memory_budget: u64,
+}
+
+impl Settings {
+    /// More requests in flight would let a connection's overhead alone use up its share of the budget.
+    pub(crate) const MAX_IN_FLIGHT: u32 = 1024;
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Serving.
+    Running,
+    /// Requests are refused, those in flight are finished.
+    Draining,
+    /// Every connection is closed.
+    Over,
+}
+
+/// What the connections share.
+pub(super) struct Shared {
+    pub(super) exports: Exports,
+    pub(super) settings: Arc<Settings>,
+    budget: Arc<Budget>,
+    phase: watch::Sender<Phase>,
+    clients: watch::Sender<usize>,
+    loads: Box<[AtomicUsize]>,
+    next_id: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    pub(super) fn watch_phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+}
+
+/// A server, ready for clients.
+pub(crate) struct Server {
+    shared: Arc<Shared>,
+    workers: Workers,
+}
+
+impl Server {
+    /// A server of these exports on these workers.
+    pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Workers) -> Self {
+        let shared = Shared {
+            exports: Exports(exports.into()),
+            budget: Budget::new(settings.memory_budget),
+            settings: Arc::new(settings),
+            phase: watch::Sender::new(Phase::Running),
+            clients: watch::Sender::new(0),
+            loads: (0..workers.count()).map(|_| AtomicUsize::new(0)).collect(),
+            next_id: AtomicU64::new(0),
+        };
+        Server { shared: Arc::new(shared), workers }
+    }
+
+    /// Takes a connected, non-blocking socket. It goes to the worker that has the fewest.
+    pub(crate) fn take(&self, fd: OwnedFd, peer: String) {
+        let shared = self.shared.clone();
+        let Some(account) = shared.budget.open_account() else {
+            tracing::warn!(%peer, "client refused: the memory budget is used up (--memory-budget)");
+            return;
+        };
+        let loads = shared.loads.iter().map(|load| load.load(Relaxed)).enumerate();
+        let Some((worker, _)) = loads.min_by_key(|(_, load)| *load) else { return };
+        let id = shared.next_id.fetch_add(1, Relaxed);
+        let seat = Seat::take(shared.clone(), worker);
+        self.workers.spawn(worker, move || async move {
+            let _seat = seat;
+            session::serve(shared, fd, id, peer, account).await;
+        });
+    }
+
+    /// How many clients there are, and each change of it.
+    pub(crate) fn clients(&self) -> watch::Receiver<usize> {
+        self.shared.clients.subscribe()
+    }
+
+    /// Whether one more client is welcome now.
+    pub(crate) fn has_room(&self) -> bool {
+        let max = self.shared.settings.max_clients;
+        max.is_none_or(|max| *self.shared.clients.borrow() < max)
+    }
+
+    /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most, or until `hurry`
+    /// is done), closes all connections, flushes every export. False where a flush failed.
+    pub(crate) async fn shut_down(&self, hurry: impl Future<Output = ()>) -> bool {
+        self.set_phase(Phase::Draining);
+        let mut clients = self.clients();
+        let limit = self.shared.settings.drain_timeout;
+        tokio::select! {
+            _ = clients.wait_for(|count| *count == 0) => {}
+            () = tokio::time::sleep(limit) => {
+                tracing::warn!("{} clients still busy after {limit:?}: closing them", *self.clients().borrow());
+            }
+            () = hurry => return false,
+        }
+        self.set_phase(Phase::Over);
+        // Requests that storage still holds cannot be waited for without bound.
+        let gone = clients.wait_for(|count| *count == 0);
+        let _ = tokio::time::timeout(Duration::from_secs(1), gone).await;
+        self.flush_all().await
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        self.shared.phase.send_replace(phase);
+        for worker in 0..self.workers.count() {
+            self.workers.spawn(worker, move || async move {
+                for_each_here(|connection| match phase {
+                    Phase::Running => {}
+                    Phase::Draining => connection.drain(),
+                    Phase::Over => connection.close(),
+                });
+            });
+        }
+    }
+
+    async fn flush_all(&self) -> bool {
+        let mut all_well = true;
+        for export in self.shared.exports.0.iter().cloned() {
+            let name = export.name().to_owned();
+            let flushed = self.workers.run(self.workers.next(), move || async move {
+                let caps = export.geometry().capabilities;
+                if caps.contains(Capabilities::READ_ONLY) || !caps.contains(Capabilities::FLUSH) {
+                    return Ok(());
+                }
+                export.execute(Request::flush(), None, Instant::now()).await.map(|_| ())
+            });
+            match flushed.await {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    tracing::error!(export = name, %error, "cannot flush");
+                    all_well = false;
+                }
+                None => all_well = false,
+            }
+        }
+        all_well
+    }
+}
+
+/// A client's place in the counts, for as long as it is served.
+struct Seat {
+    shared: Arc<Shared>,
+    worker: usize,
+}
+
+impl Seat {
+    fn take(shared: Arc<Shared>, worker: usize) -> Self {
+        shared.clients.send_modify(|count| *count += 1);
+        shared.loads[worker].fetch_add(1, Relaxed);
+        Seat { shared, worker }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.shared.loads[self.worker].fetch_sub(1, Relaxed);
+        self.shared.clients.send_modify(|count| *count -= 1);
+    }
+}

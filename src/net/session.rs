@@ -1,0 +1,166 @@
+//! One client from its first byte to its last: handshake, then reader and writer.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bridge::Account;
+use nbd_proto::{CloseReason, Handshake, Limits, Negotiated, Step, TlsPolicy};
+
+use super::connection::{Connection, Listed};
+use super::output::Sent;
+use super::reader::Reader;
+use super::server::{Phase, Shared};
+use super::socket::Socket;
+
+/// Received at once during the handshake.
+const HANDSHAKE_BYTES: usize = 4096;
+
+/// Serves a connected socket until its end. What goes wrong with a peer is logged, and costs only this peer.
+pub(super) async fn serve(shared: Arc<Shared>, fd: OwnedFd, id: u64, peer: String, account: Account) {
+    match serve_client(&shared, fd, id, &peer, account).await {
+        Ok(()) => tracing::info!(%peer, "client left"),
+        Err(error) => tracing::info!(%peer, %error, "client dropped"),
+    }
+}
+
+async fn serve_client(
+    shared: &Arc<Shared>,
+    fd: OwnedFd,
+    id: u64,
+    peer: &str,
+    account: Account,
+) -> io::Result<()> {
+    let socket = Socket::new(fd)?;
+    let limit = shared.settings.handshake_limit;
+    let outcome = tokio::time::timeout(limit, negotiate(shared, &socket)).await.map_err(|_| {
+        io::Error::new(io::ErrorKind::TimedOut, format!("handshake not done within {limit:?}"))
+    })??;
+    let Some((negotiated, first)) = outcome else { return Ok(()) };
+    // The handshake found it a moment ago, and the list of exports does not change.
+    let Some(export) = shared.exports.get(&negotiated.export).cloned() else { return Ok(()) };
+    tracing::info!(%peer, export = negotiated.export, style = ?negotiated.style, "client connected");
+    let connection = Connection::new(socket, export, &negotiated, account, shared.settings.clone());
+    let _listed = Listed::new(id, &connection);
+    // However this function is left, the socket is closed and the writer ends.
+    let _closing = CloseOnDrop(connection.clone());
+    if shared.phase() != Phase::Running {
+        connection.drain();
+    }
+    tokio::task::spawn_local(write(connection.clone()));
+    Reader::new(&connection, first).run().await
+}
+
+struct CloseOnDrop(Rc<Connection>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// The writer of a connection: sends what could not be sent at once, until the connection is closed.
+async fn write(connection: Rc<Connection>) {
+    while !connection.is_closed() {
+        connection.writer_wait().await;
+        if let Err(error) = send_queued(&connection).await {
+            if !connection.is_closed() {
+                tracing::info!(%error, "cannot send; client dropped");
+            }
+            connection.close();
+        }
+    }
+}
+
+async fn send_queued(connection: &Connection) -> io::Result<()> {
+    let limit = connection.settings.send_timeout;
+    while !connection.is_closed() && connection.send_queue()? == Sent::Blocked {
+        let mut writable =
+            tokio::time::timeout(limit, connection.socket.writable()).await.map_err(|_| {
+                io::Error::new(io::ErrorKind::TimedOut, format!("the client took nothing for {limit:?}"))
+            })??;
+        if connection.send_queue()? == Sent::Blocked {
+            writable.clear_ready();
+        }
+    }
+    Ok(())
+}
+
+/// The handshake. None where the client left in good order; else the outcome, and what came behind it.
+async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negotiated, Vec<u8>)>> {
+    let mut handshake = Handshake::new(Limits::default(), TlsPolicy::Disabled);
+    let mut phase = shared.watch_phase();
+    send_all(socket, &handshake.greeting()).await?;
+    let mut buf = [0; HANDSHAKE_BYTES];
+    let mut out = Vec::new();
+    loop {
+        // At a shutdown what the client has sent already is still answered, with a refusal.
+        let stopping = *phase.borrow_and_update() != Phase::Running;
+        if stopping {
+            handshake.shutting_down();
+        }
+        let received = match socket.receive(&mut buf)? {
+            Some(received) => received,
+            None if stopping => return Ok(None),
+            None => {
+                tokio::select! {
+                    guard = socket.readable() => {
+                        let mut guard = guard?;
+                        match socket.receive(&mut buf)? {
+                            Some(received) => received,
+                            None => {
+                                guard.clear_ready();
+                                continue;
+                            }
+                        }
+                    }
+                    changed = phase.changed() => {
+                        if changed.is_err() {
+                            return Ok(None);
+                        }
+                        continue;
+                    }
+                }
+            }
+        };
+        if received == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the client hung up during the handshake",
+            ));
+        }
+        let mut input = &buf[..received];
+        loop {
+            let (used, step) = handshake.advance(input, &shared.exports, &mut out);
+            input = &input[used..];
+            send_all(socket, &out).await?;
+            out.clear();
+            match step {
+                Step::NeedMore => break,
+                Step::Flush => {}
+                Step::Transmission(negotiated) => return Ok(Some((negotiated, input.to_vec()))),
+                Step::Close(CloseReason::Abort) => return Ok(None),
+                Step::Close(reason) => return Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
+                // Without TLS the handshake refuses the option itself.
+                Step::StartTls => return Err(io::Error::other("TLS is not set up")),
+            }
+        }
+    }
+}
+
+async fn send_all(socket: &Socket, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match socket.send(bytes, false)? {
+            Some(sent) => bytes = &bytes[sent..],
+            None => {
+                let mut guard = socket.writable().await?;
+                match socket.send(bytes, false)? {
+                    Some(sent) => bytes = &bytes[sent..],
+                    None => guard.clear_ready(),
+                }
+            }
+        }
+    }
+    Ok(())
+}

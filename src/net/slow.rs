@@ -1,0 +1,272 @@
+//! Requests that could not be answered within a pass: each is a task on the connection's worker, and answers
+//! when it is done, in whatever order.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Instant;
+
+use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Reply, Request};
+use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
+
+use super::arena::SMALL_BYTES;
+use super::connection::Connection;
+use super::output::Body;
+use super::translate;
+use super::zero::is_zero;
+
+/// Largest part of a read that is fetched at once, where the reply may come in chunks.
+pub(super) const PIECE_BYTES: u32 = 1 << 20;
+
+/// What a waiting request is charged beside its data: its task and its answer's head.
+pub(super) const OVERHEAD_BYTES: u32 = 1 << 10;
+
+/// What block status is charged: its longest answer.
+pub(super) const STATUS_BYTES: u32 = OVERHEAD_BYTES + 32 * bridge::extent::MAX_EXTENTS as u32;
+
+/// A piece that fits into a connection's own reserve together with its overhead.
+pub(super) const SMALL_PIECE_BYTES: u32 = SMALL_BYTES as u32 - OVERHEAD_BYTES;
+
+/// The answer that a request still owes. It is given exactly once: dropped without, it is EIO.
+pub(super) struct Answer {
+    connection: Rc<Connection>,
+    cookie: u64,
+    /// The request's offset: extended headers repeat it.
+    offset: u64,
+    given: bool,
+}
+
+impl Answer {
+    /// Takes a slot of the connection.
+    pub(super) fn owe(connection: &Rc<Connection>, cookie: u64, offset: u64) -> Self {
+        connection.begin();
+        Answer { connection: connection.clone(), cookie, offset, given: false }
+    }
+
+    /// Success, with nothing to hand over.
+    pub(super) fn done(self, charge: Charge) {
+        let mut head = Vec::with_capacity(32);
+        put_done(self.connection.style, self.cookie, self.offset, &mut head);
+        self.give(head, Body::None, charge);
+    }
+
+    /// Failure.
+    pub(super) fn failed(self, error: &Error, charge: Charge) {
+        tracing::debug!(cookie = self.cookie, offset = self.offset, %error, "request failed");
+        self.refused(translate::error(error), &error.to_string(), charge);
+    }
+
+    fn refused(mut self, error: NbdError, message: &str, charge: Charge) {
+        self.refuse(error, message, charge);
+    }
+
+    fn refuse(&mut self, error: NbdError, message: &str, charge: Charge) {
+        let mut head = Vec::with_capacity(64);
+        put_error(self.connection.style, self.cookie, self.offset, error, message, &mut head);
+        self.given = true;
+        self.connection.push(head, Body::None, true, charge);
+    }
+
+    /// Part of a read's data; `last` gives the answer.
+    fn data(&mut self, offset: u64, data: Buffer, last: bool, may_be_hole: bool, charge: Charge) {
+        let style = self.connection.style;
+        // A buffer's length is bounded by the largest payload.
+        let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let mut head = Vec::with_capacity(48);
+        let body = if may_be_hole && style != ReplyStyle::Simple && is_zero(&data) {
+            put_hole(style, self.cookie, self.offset, offset, len, last, &mut head);
+            Body::None
+        } else {
+            put_data_header(style, self.cookie, self.offset, offset, len, last, &mut head);
+            Body::Buffer(data)
+        };
+        self.given |= last;
+        self.connection.push(head, body, last, charge);
+    }
+
+    fn give(mut self, head: Vec<u8>, body: Body, charge: Charge) {
+        self.given = true;
+        self.connection.push(head, body, true, charge);
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.given {
+            if !self.connection.is_closed() {
+                tracing::error!(cookie = self.cookie, "a request was dropped without an answer");
+            }
+            self.refuse(NbdError::Io, "the request was dropped", Charge::default());
+        }
+    }
+}
+
+/// Reads on the slow path. `first_bytes` is what `charge` pays for, 0 where nothing is charged yet; `whole`
+/// forbids more than one piece.
+pub(super) fn read(
+    answer: Answer,
+    mut request: Request,
+    first_bytes: u32,
+    whole: bool,
+    charge: Charge,
+    arrived: Instant,
+) {
+    tokio::task::spawn_local(async move {
+        let mut answer = answer;
+        let connection = answer.connection.clone();
+        let (mut charge, mut piece) = (charge, u64::from(first_bytes));
+        let end = request.offset + request.len;
+        if piece == 0 {
+            (charge, piece) = next_piece(&connection, request.len).await;
+        }
+        loop {
+            request.len = (end - request.offset).min(piece);
+            let last = request.offset + request.len == end;
+            // Bounded by the largest payload, checked at the door.
+            let buffer = Buffer::new(usize::try_from(request.len).unwrap_or_default());
+            match connection.export.execute(request, Some(buffer), arrived).await {
+                Ok(Reply::Data(data)) => answer.data(request.offset, data, last, !whole, charge),
+                Ok(_) => return answer.failed(&Error::new(ErrorKind::Io, "a read brought no data"), charge),
+                Err(error) => return answer.failed(&error, charge),
+            }
+            if last || connection.is_closed() {
+                return;
+            }
+            request.offset += request.len;
+            request.flags |= Flags::CONTINUED;
+            (charge, piece) = next_piece(&connection, end - request.offset).await;
+        }
+    });
+}
+
+/// A charge for the next piece of a read: a large one if it is to be had now, else what the reserve covers.
+async fn next_piece(connection: &Connection, left: u64) -> (Charge, u64) {
+    let large = u32::try_from(left).unwrap_or(u32::MAX).min(PIECE_BYTES);
+    match connection.account.try_charge(large + OVERHEAD_BYTES) {
+        Some(charge) => (charge, u64::from(large)),
+        None => {
+            let small = large.min(SMALL_PIECE_BYTES);
+            (connection.account.charge(small + OVERHEAD_BYTES).await, u64::from(small))
+        }
+    }
+}
+
+/// Writes one whole request on the slow path.
+pub(super) fn write(answer: Answer, request: Request, data: Buffer, charge: Charge, arrived: Instant) {
+    tokio::task::spawn_local(async move {
+        match answer.connection.export.execute(request, Some(data), arrived).await {
+            Ok(_) => answer.done(charge),
+            Err(error) => answer.failed(&error, charge),
+        }
+    });
+}
+
+/// Any request without payload either way, or block status.
+pub(super) fn other(answer: Answer, request: Request, charge: Charge, arrived: Instant) {
+    tokio::task::spawn_local(async move {
+        let connection = answer.connection.clone();
+        match (connection.export.execute(request, None, arrived).await, connection.allocation_context) {
+            (Ok(Reply::Extents(extents)), Some(context)) => {
+                let extents: Vec<(u64, u32)> = extents.iter().map(translate::allocation).collect();
+                let mut head = Vec::new();
+                put_block_status(
+                    connection.style,
+                    answer.cookie,
+                    answer.offset,
+                    context,
+                    &extents,
+                    true,
+                    &mut head,
+                );
+                answer.give(head, Body::None, charge);
+            }
+            (Ok(_), _) => answer.done(charge),
+            (Err(error), _) => answer.failed(&error, charge),
+        }
+    });
+}
+
+/// A large write whose payload is stored piece by piece as it arrives, so that it never needs memory for all of
+/// it. It is answered when the payload is complete and the last piece is stored.
+pub(super) struct WriteJob {
+    answer: RefCell<Option<Answer>>,
+    connection: Rc<Connection>,
+    durable: bool,
+    outstanding: Cell<u32>,
+    complete: Cell<bool>,
+    error: RefCell<Option<Error>>,
+    charge: Cell<Charge>,
+}
+
+impl WriteJob {
+    pub(super) fn new(answer: Answer, durable: bool, charge: Charge) -> Rc<Self> {
+        Rc::new(WriteJob {
+            connection: answer.connection.clone(),
+            answer: RefCell::new(Some(answer)),
+            durable,
+            outstanding: Cell::new(0),
+            complete: Cell::new(false),
+            error: RefCell::new(None),
+            charge: Cell::new(charge),
+        })
+    }
+
+    /// Whether a piece has failed: then the rest need not be stored.
+    pub(super) fn has_failed(&self) -> bool {
+        self.error.borrow().is_some()
+    }
+
+    pub(super) fn fail(&self, error: Error) {
+        self.error.borrow_mut().get_or_insert(error);
+    }
+
+    /// Stores a piece on the slow path.
+    pub(super) fn store(self: &Rc<Self>, request: Request, data: Buffer, charge: Charge, arrived: Instant) {
+        self.outstanding.set(self.outstanding.get() + 1);
+        let job = self.clone();
+        tokio::task::spawn_local(async move {
+            let mut piece = Piece { job, ended: false };
+            if let Err(error) = piece.job.connection.export.execute(request, Some(data), arrived).await {
+                piece.job.fail(error);
+            }
+            piece.ended = true;
+            drop(charge);
+        });
+    }
+
+    /// The payload has arrived whole.
+    pub(super) fn complete(self: &Rc<Self>) {
+        self.complete.set(true);
+        self.finish();
+    }
+
+    fn finish(self: &Rc<Self>) {
+        if !self.complete.get() || self.outstanding.get() > 0 {
+            return;
+        }
+        let Some(answer) = self.answer.borrow_mut().take() else { return };
+        let charge = self.charge.take();
+        if let Some(error) = self.error.borrow_mut().take() {
+            answer.failed(&error, charge);
+        } else if self.durable {
+            other(answer, Request::flush(), charge, Instant::now());
+        } else {
+            answer.done(charge);
+        }
+    }
+}
+
+/// A piece that is being stored; counted off however its task ends.
+struct Piece {
+    job: Rc<WriteJob>,
+    ended: bool,
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.job.fail(Error::new(ErrorKind::Io, "the write was dropped"));
+        }
+        self.job.outstanding.set(self.job.outstanding.get() - 1);
+        self.job.finish();
+    }
+}

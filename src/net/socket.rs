@@ -1,0 +1,90 @@
+//! A connected socket, TCP or Unix, under tokio's event queue. Only the calls; who may send when is decided above.
+
+#![allow(unsafe_code)] // a leaf: only to register the socket with the event queue
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::task::{Context, Poll};
+
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+
+/// The socket of one connection.
+pub(super) struct Socket {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Socket {
+    /// Takes a connected, non-blocking socket into the event queue of this thread's runtime.
+    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
+        // SAFETY: an OwnedFd keeps the one descriptor it owns open and unchanged for as long as it lives.
+        let fd = unsafe { AsyncFd::register(fd) }?;
+        Ok(Socket { fd })
+    }
+
+    /// Ready when there may be something to receive. The guard must be cleared when there was not.
+    pub(super) fn poll_readable<'a>(
+        &'a self,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<AsyncFdReadyGuard<'a, OwnedFd>>> {
+        self.fd.poll_read_ready(cx)
+    }
+
+    /// Like `poll_readable`, as a future. Cancel-safe.
+    pub(super) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        self.fd.readable().await
+    }
+
+    /// Waits until there may be room to send. Cancel-safe.
+    pub(super) async fn writable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        self.fd.writable().await
+    }
+
+    /// Receives what is there; 0 at the peer's end, None when there is nothing yet.
+    pub(super) fn receive(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        would_block(|| rustix::net::recv(&self.fd, &mut *buf, RecvFlags::DONTWAIT).map(|(n, _)| n))
+    }
+
+    /// Sends what there is room for; None when there is none. `more` says that the rest follows at once.
+    pub(super) fn send(&self, bytes: &[u8], more: bool) -> io::Result<Option<usize>> {
+        would_block(|| rustix::net::send(&self.fd, bytes, send_flags(more)))
+    }
+
+    /// Sends from several places at once.
+    pub(super) fn send_gathered(&self, slices: &[IoSlice<'_>], more: bool) -> io::Result<Option<usize>> {
+        would_block(|| {
+            rustix::net::sendmsg(&self.fd, slices, &mut SendAncillaryBuffer::default(), send_flags(more))
+        })
+    }
+
+    /// Sends from a file's pages without a copy. 0 means that the file has become shorter.
+    pub(super) fn send_file(&self, file: &File, offset: u64, len: usize) -> io::Result<Option<usize>> {
+        would_block(|| {
+            let mut offset = offset;
+            rustix::fs::sendfile(&self.fd, file.as_fd(), Some(&mut offset), len)
+        })
+    }
+
+    /// Ends both directions: every later call fails or finds the end, the peer sees a close.
+    pub(super) fn shut_down(&self) {
+        // A peer that is gone already is no news.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+    }
+}
+
+fn send_flags(more: bool) -> SendFlags {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    if more { flags | SendFlags::MORE } else { flags }
+}
+
+fn would_block(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        return match call() {
+            Ok(n) => Ok(Some(n)),
+            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => Err(error.into()),
+        };
+    }
+}
