@@ -153,6 +153,12 @@ impl Handshake {
         self.shutting_down = true;
     }
 
+    /// Bytes of the client's input held at the moment: at most [`Limits::max_option_bytes`], or
+    /// [`MAX_NAME_BYTES`] if that is more.
+    pub fn buffered_bytes(&self) -> usize {
+        self.partial.len()
+    }
+
     /// One header, or one option's data. `None` means: go on at once.
     fn turn(&mut self, rest: &mut &[u8], dir: &dyn Directory, out: &mut Vec<u8>) -> Option<Step> {
         match self.state {
