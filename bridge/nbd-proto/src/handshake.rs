@@ -12,61 +12,16 @@
 //! Bytes may come in any cut. At most one option's data is stored, and never more than
 //! [`Limits::max_option_bytes`] of it; what is longer is skipped by counting. Time limits are the caller's.
 
+mod step;
+
+pub use step::{Limits, Step, TlsPolicy};
+
 use crate::consts::{IHAVEOPT, MAX_NAME_BYTES, NBDMAGIC, OPTION_HEADER_LEN};
 use crate::error::CloseReason;
 use crate::export::{Directory, Negotiated};
 use crate::flags::{ClientFlags, HandshakeFlags};
 use crate::option::{OptReply, OptionCode, Replies, Session, info, list, meta, upgrade};
 use crate::wire::Reader;
-
-/// How much a stranger may ask for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Options in one handshake; one more closes the connection. Default: 1024.
-    pub max_options: u32,
-    /// Bytes of data of one option; more is skipped and answered `NBD_REP_ERR_TOO_BIG`. Default: 64 KiB. It
-    /// should have room for a name and some queries of 4096 bytes each.
-    pub max_option_bytes: u32,
-    /// Once the output has this many bytes, no further option is answered before they are sent. Default:
-    /// 64 KiB.
-    pub max_output_bytes: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { max_options: 1024, max_option_bytes: 64 << 10, max_output_bytes: 64 << 10 }
-    }
-}
-
-/// Whether connections may, or must, use TLS (section "TLS support").
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum TlsPolicy {
-    /// NOTLS: `NBD_OPT_STARTTLS` is refused with `NBD_REP_ERR_POLICY`.
-    #[default]
-    Disabled,
-    /// SELECTIVETLS, with no export for which TLS is mandatory.
-    Optional,
-    /// FORCEDTLS: nothing but `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` before TLS.
-    Required,
-}
-
-/// What the caller does after [`Handshake::advance`]. In every case the output is
-/// sent first.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// Read more from the client.
-    NeedMore,
-    /// Send the output before calling again with the rest of the input: it has reached
-    /// [`Limits::max_output_bytes`].
-    Flush,
-    /// The transmission phase begins. Input that was not consumed belongs to it.
-    Transmission(Negotiated),
-    /// Start TLS, then call [`Handshake::tls_started`]. Plaintext already
-    /// received, here and in any buffer of the caller, must be thrown away (CVE-2021-3716).
-    StartTls,
-    /// Close the connection.
-    Close(CloseReason),
-}
 
 /// The server's half of one connection's handshake.
 ///
@@ -196,6 +151,12 @@ impl Handshake {
     /// haggling"). An option whose data is still coming is refused as well.
     pub fn shutting_down(&mut self) {
         self.shutting_down = true;
+    }
+
+    /// Bytes of the client's input held at the moment: at most [`Limits::max_option_bytes`], or
+    /// [`MAX_NAME_BYTES`] if that is more.
+    pub fn buffered_bytes(&self) -> usize {
+        self.partial.len()
     }
 
     /// One header, or one option's data. `None` means: go on at once.

@@ -33,6 +33,8 @@ mod option;
 mod parse;
 mod reply;
 mod request;
+#[cfg(test)]
+mod testing;
 mod wire;
 
 pub use chunk::{ChunkHeader, ChunkType, ReplyStyle};

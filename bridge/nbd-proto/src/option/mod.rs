@@ -118,3 +118,49 @@ impl<'a> OptionReply<'a> {
         Ok(Some((reply, OPTION_REPLY_HEADER_LEN + data.len())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::quick;
+
+    #[test]
+    fn a_reply_is_bounded_before_it_is_awaited() {
+        let mut out = Vec::new();
+        Replies::new(OptionCode::List, &mut out).send(OptReply::Server, |out| out.extend_from_slice(b"data"));
+        let expected = OptionReply { option: OptionCode::List, kind: OptReply::Server, data: b"data" };
+        assert_eq!(OptionReply::parse(&out, 4), Ok(Some((expected, 24))));
+        let too_long = BadReply::TooLong { length: 4, max: 3 };
+        assert_eq!(OptionReply::parse(&out[..20], 3), Err(too_long));
+        assert_eq!(OptionReply::parse(&[0; 8], 4), Err(BadMagic { found: 0 }.into()));
+    }
+
+    proptest! {
+        #![proptest_config(quick(0x5eed_0003))]
+
+        #[test]
+        fn frames_survive_decoding(option: u32, kind: u32, data: Vec<u8>) {
+            let (option, kind) = (OptionCode::from_wire(option), OptReply::from_wire(kind));
+            let mut out = Vec::new();
+            Replies::new(option, &mut out).send(kind, |out| out.extend_from_slice(&data));
+            for cut in 0..out.len() {
+                prop_assert_eq!(OptionReply::parse(&out[..cut], 4096), Ok(None));
+            }
+            let expected = OptionReply { option, kind, data: &data };
+            prop_assert_eq!(OptionReply::parse(&out, 4096), Ok(Some((expected, out.len()))));
+        }
+
+        #[test]
+        fn numbers_survive_decoding(number: u32, small in 0..16_u32, high: bool) {
+            for number in [number, small, if high { small | 1 << 31 } else { small }] {
+                prop_assert_eq!(OptionCode::from_wire(number).wire(), number);
+                prop_assert_eq!(OptReply::from_wire(number).wire(), number);
+                prop_assert_eq!(OptReply::from_wire(number).is_error(), number >= 1 << 31);
+                let short = u16::try_from(number & 0xffff).unwrap();
+                prop_assert_eq!(InfoType::from_wire(short).wire(), short);
+            }
+        }
+    }
+}
