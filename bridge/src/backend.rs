@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use crate::{Buffer, Extent, Flags, Geometry, Result};
 
+pub mod crash;
 pub mod file;
 pub mod memory;
 pub mod null;

@@ -3,11 +3,13 @@
 //! Each states its capability rule: what of the inner backend's geometry it keeps, gains and loses. There is no
 //! shared pass-through with defaults on purpose: a new operation has to be considered by every layer.
 
+pub mod fault;
 pub mod readonly;
 mod settings;
 pub mod slice;
 pub mod throttle;
 
+pub use fault::{Fault, FaultConfig, FaultHandle};
 pub use readonly::ReadOnly;
 pub use settings::SettingError;
 pub use slice::Slice;

@@ -17,6 +17,7 @@ pub mod export;
 pub mod extent;
 pub mod geometry;
 pub mod layer;
+pub mod random;
 pub mod request;
 pub mod stats;
 pub mod worker;
