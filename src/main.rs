@@ -27,7 +27,10 @@ fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<ExitCode> {
     match action {
-        Action::Net(args) => net_main(*args),
+        Action::Net(args) => {
+            cli::logging::init(args.verbose)?;
+            net_main(*args)
+        }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => {
             cli::write_completions(shell, &mut std::io::stdout());
@@ -38,7 +41,6 @@ fn run(action: Action) -> Result<ExitCode> {
 
 /// Serves until told to stop.
 fn net_main(args: NetArgs) -> Result<ExitCode> {
-    cli::logging::init(args.verbose)?;
     tracing::debug!(?args, "command line");
     Err(anyhow!("the NBD server is not wired yet"))
 }
