@@ -16,6 +16,7 @@ mod values;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -105,9 +106,18 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
     }
 }
 
-/// Writes a shell's completion script.
-pub(crate) fn write_completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
-    clap_complete::generate(shell, &mut command(), "nbdbridge", out);
+/// Prints a shell's completion script.
+///
+/// # Errors
+/// Standard output's, but for a reader that has enough.
+pub(crate) fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
+    // clap panics where it cannot write; into memory it can.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command(), "nbdbridge", &mut script);
+    match std::io::stdout().write_all(&script) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Says an error as one line on stderr; gives 2 for a [`UsageError`] and 1 for others.

@@ -30,9 +30,6 @@ fn run(action: Action) -> Result<ExitCode> {
             serve::net(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
-        Action::Completions(shell) => {
-            cli::write_completions(shell, &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
+        Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }
