@@ -19,6 +19,8 @@ pub mod geometry;
 pub mod layer;
 pub mod request;
 pub mod stats;
+mod sys;
+mod uring;
 pub mod worker;
 
 pub use admission::{Account, Budget, Charge};
