@@ -20,6 +20,8 @@ pub mod layer;
 pub mod random;
 pub mod request;
 pub mod stats;
+mod sys;
+mod uring;
 pub mod worker;
 
 pub use admission::{Account, Budget, Charge};

@@ -1,0 +1,53 @@
+//! Runs operations off the worker's thread: on its io_uring, or on its runtime's pool of threads.
+
+use rustix::io::Errno;
+use tokio::runtime::Handle;
+
+use super::AioMode;
+use crate::uring::Op;
+use crate::{Error, ErrorKind, Result};
+
+/// Runs an operation to its end, and hands it back with the outcome. When the future is dropped, an operation
+/// that has begun goes on and keeps what it owns.
+///
+/// # Errors
+/// `ShuttingDown` where the runtime is ending.
+pub(super) async fn run(aio: AioMode, op: Op) -> Result<(Op, std::result::Result<usize, Errno>)> {
+    let op = match aio {
+        AioMode::Threads | AioMode::Auto | AioMode::IoUring => op,
+    };
+    in_pool(move || {
+        let mut op = op;
+        let outcome = op.run();
+        (op, outcome)
+    })
+    .await
+}
+
+/// Runs a function on the pool of this worker. Outside of any runtime it runs right here.
+///
+/// # Errors
+/// `ShuttingDown` where the runtime is ending.
+pub(super) async fn in_pool<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    match Handle::try_current() {
+        Ok(handle) => handle.spawn_blocking(work).await.map_err(|_| ended()),
+        Err(_) => Ok(work()),
+    }
+}
+
+/// Runs a future to its end even where the caller stops waiting for it.
+///
+/// # Errors
+/// Its own; `ShuttingDown` where the runtime ends first.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    future: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    match Handle::try_current() {
+        Ok(handle) => handle.spawn(future).await.unwrap_or_else(|_| Err(ended())),
+        Err(_) => future.await,
+    }
+}
+
+fn ended() -> Error {
+    Error::new(ErrorKind::ShuttingDown, "the worker is ending")
+}

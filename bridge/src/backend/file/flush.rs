@@ -1,0 +1,342 @@
+//! The flush gate: fsyncs that several flushes share, and failures that are not forgotten.
+//!
+//! Rules. A flush may join only a sync that had not begun when the flush arrived; one that arrives during a sync
+//! waits for the next. A failed sync latches: the kernel tells of lost pages once, so that a later sync may succeed
+//! although they are gone; every later flush and durable write answers EIO until the file is opened again.
+//!
+//! A sync runs as a task of its own, so that its outcome is heard even where nobody waits for it any more.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+use super::{CacheMode, Disk, Kind};
+use crate::uring::{Call, Op};
+use crate::{Error, Result};
+
+impl Disk {
+    /// Makes every write that was answered before this call durable.
+    pub(super) async fn flush(&self) -> Result<()> {
+        if self.kind == Kind::Memory || self.options.cache == CacheMode::Unsafe || self.geometry.read_only() {
+            return Ok(());
+        }
+        let (file, aio) = (self.file.clone(), self.options.aio);
+        self.gate
+            .flush(move || async move {
+                let (_, outcome) =
+                    super::aio::run(aio, Op { file, call: Call::Sync }).await.map_err(|_| Errno::IO)?;
+                outcome.map(drop)
+            })
+            .await
+    }
+}
+
+/// Whether a durable write that failed so may have told of (or caused) the loss of data that was written before.
+/// These are about the write itself: no room (ENOSPC, EDQUOT, EFBIG), or refused before anything was done (EINVAL, EPERM).
+pub(super) fn may_have_lost_data(errno: Errno) -> bool {
+    !matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::INVAL | Errno::PERM)
+}
+
+/// See the module's words.
+pub(super) struct FlushGate {
+    state: Mutex<State>,
+    changed: Notify,
+    no_dsync: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// Syncs that have begun, and ended. At most one is under way.
+    begun: u64,
+    ended: u64,
+    failed: Option<Errno>,
+}
+
+impl FlushGate {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(FlushGate {
+            state: Mutex::default(),
+            changed: Notify::new(),
+            no_dsync: AtomicBool::new(false),
+        })
+    }
+
+    /// Waits until a sync that began after this call has succeeded. `sync` performs one if it falls to this
+    /// flush to do so. Cancel-safe: whoever still waits goes on.
+    ///
+    /// # Errors
+    /// The failure of that sync, or of any before it.
+    pub(super) async fn flush<F>(self: &Arc<Self>, sync: impl FnOnce() -> F) -> Result<()>
+    where
+        F: Future<Output = std::result::Result<(), Errno>> + Send + 'static,
+    {
+        let target = self.lock().begun + 1;
+        let mut sync = Some(sync);
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let turn = self.turn(target)?;
+            match turn {
+                Turn::Done => return Ok(()),
+                Turn::Wait => changed.await,
+                Turn::Begin => {
+                    // Only one sync can begin for this flush: the one after it is past its target.
+                    let running = Running { gate: self.clone(), outcome: Err(Errno::IO) };
+                    let Some(sync) = sync.take() else { return Ok(()) };
+                    let sync = sync();
+                    let task = async move {
+                        let mut running = running;
+                        running.outcome = sync.await;
+                    };
+                    match Handle::try_current() {
+                        Ok(handle) => drop(handle.spawn(task)),
+                        Err(_) => task.await,
+                    }
+                }
+            }
+        }
+    }
+
+    /// EIO if a failure was latched.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.lock().failed {
+            Some(errno) => Err(latched(errno)),
+            None => Ok(()),
+        }
+    }
+
+    /// Latches a failure.
+    pub(super) fn fail(&self, errno: Errno) {
+        let mut state = self.lock();
+        if state.failed.is_none() {
+            tracing::error!(%errno, "a sync failed: flushes and durable writes answer EIO from now on");
+            state.failed = Some(errno);
+        }
+    }
+
+    /// Whether `RWF_DSYNC` is worth trying.
+    pub(super) fn dsync(&self) -> bool {
+        !self.no_dsync.load(Relaxed)
+    }
+
+    /// Remembers that this file has no `RWF_DSYNC`.
+    pub(super) fn forget_dsync(&self) {
+        self.no_dsync.store(true, Relaxed);
+    }
+
+    fn turn(&self, target: u64) -> Result<Turn> {
+        let mut state = self.lock();
+        if let Some(errno) = state.failed {
+            return Err(latched(errno));
+        }
+        if state.ended >= target {
+            return Ok(Turn::Done);
+        }
+        if state.begun > state.ended {
+            return Ok(Turn::Wait);
+        }
+        state.begun += 1;
+        Ok(Turn::Begin)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Turn {
+    Done,
+    Wait,
+    Begin,
+}
+
+/// A sync under way. Dropped unfinished, with its runtime, it has failed as far as anybody can tell.
+struct Running {
+    gate: Arc<FlushGate>,
+    outcome: std::result::Result<(), Errno>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(errno) = self.outcome {
+            self.gate.fail(errno);
+        }
+        self.gate.lock().ended += 1;
+        self.gate.changed.notify_waiters();
+    }
+}
+
+/// What a flush says after a failure: always EIO, whatever the first errno was.
+fn latched(first: Errno) -> Error {
+    Error::from_errno(Errno::IO, format!("an earlier sync failed ({first}): open the file again"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::rc::Rc;
+    use std::task::{Context, Waker};
+    use tokio::sync::oneshot;
+
+    type Fake = oneshot::Sender<std::result::Result<(), Errno>>;
+
+    /// A gate whose syncs begin when they are polled and end when the test says so.
+    #[derive(Clone)]
+    struct Bench {
+        gate: Arc<FlushGate>,
+        begun: Rc<RefCell<Vec<Fake>>>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Bench { gate: FlushGate::new(), begun: Rc::default() }
+        }
+
+        fn flush(&self) -> tokio::task::JoinHandle<Result<()>> {
+            let Bench { gate, begun } = self.clone();
+            tokio::task::spawn_local(async move { Bench { gate, begun }.wait().await })
+        }
+
+        async fn wait(&self) -> Result<()> {
+            self.gate
+                .flush(|| {
+                    let (end, ended) = oneshot::channel();
+                    self.begun.borrow_mut().push(end);
+                    async move { ended.await.unwrap_or(Err(Errno::IO)) }
+                })
+                .await
+        }
+
+        fn end(&self, outcome: std::result::Result<(), Errno>) {
+            self.begun.borrow_mut().remove(0).send(outcome).unwrap();
+        }
+
+        fn under_way(&self) -> usize {
+            self.begun.borrow().len()
+        }
+    }
+
+    async fn settle() {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn local(test: impl Future<Output = ()> + 'static) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, test);
+    }
+
+    #[test]
+    fn a_flush_during_a_sync_waits_for_the_next_and_shares_it() {
+        local(async {
+            let bench = Bench::new();
+            let first = bench.flush();
+            settle().await;
+            let second = bench.flush();
+            let third = bench.flush();
+            settle().await;
+            assert_eq!(bench.under_way(), 1);
+            bench.end(Ok(()));
+            settle().await;
+            assert!(first.is_finished() && !second.is_finished() && !third.is_finished());
+            assert_eq!(bench.under_way(), 1, "one sync for both");
+            bench.end(Ok(()));
+            settle().await;
+            first.await.unwrap().unwrap();
+            second.await.unwrap().unwrap();
+            third.await.unwrap().unwrap();
+            assert_eq!(bench.gate.lock().begun, 2);
+        });
+    }
+
+    #[test]
+    fn a_failure_latches() {
+        local(async {
+            let bench = Bench::new();
+            let first = bench.flush();
+            settle().await;
+            let second = bench.flush();
+            settle().await;
+            bench.end(Err(Errno::NOSPC));
+            for flush in [first, second] {
+                let error = flush.await.unwrap().unwrap_err();
+                assert_eq!(error.errno(), Some(libc::EIO), "{error}");
+            }
+            assert!(bench.wait().await.is_err() && bench.gate.check().is_err());
+            assert_eq!(bench.under_way(), 0, "no sync is tried after a failure");
+        });
+    }
+
+    #[test]
+    fn a_dropped_leader_neither_wedges_nor_hides() {
+        local(async {
+            let bench = Bench::new();
+            let leader = bench.flush();
+            settle().await;
+            let follower = bench.flush();
+            settle().await;
+            leader.abort();
+            settle().await;
+            assert_eq!(bench.under_way(), 1, "its sync goes on");
+            bench.end(Ok(()));
+            settle().await;
+            bench.end(Ok(()));
+            follower.await.unwrap().unwrap();
+
+            let leader = bench.flush();
+            settle().await;
+            leader.abort();
+            settle().await;
+            bench.end(Err(Errno::IO));
+            settle().await;
+            assert!(bench.gate.check().is_err(), "the failure nobody waited for is kept");
+        });
+    }
+
+    #[test]
+    fn a_dropped_follower_whose_turn_has_come_leaves_it_to_another() {
+        local(async {
+            let bench = Bench::new();
+            let first = bench.flush();
+            settle().await;
+            let second = bench.flush();
+            let third = bench.flush();
+            settle().await;
+            bench.end(Ok(()));
+            second.abort();
+            settle().await;
+            assert_eq!(bench.under_way(), 1);
+            bench.end(Ok(()));
+            first.await.unwrap().unwrap();
+            third.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_sync_that_is_lost_with_its_runtime_counts_as_failed() {
+        let gate = FlushGate::new();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut flush = Box::pin(gate.flush(std::future::pending::<std::result::Result<(), Errno>>));
+            assert!(flush.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        });
+        drop(runtime);
+        assert!(gate.check().is_err());
+    }
+
+    #[test]
+    fn which_durable_writes_latch() {
+        for errno in [Errno::NOSPC, Errno::DQUOT, Errno::FBIG, Errno::INVAL, Errno::PERM] {
+            assert!(!may_have_lost_data(errno));
+        }
+        for errno in [Errno::IO, Errno::NODEV, Errno::NOMEM, Errno::NXIO, Errno::STALE] {
+            assert!(may_have_lost_data(errno));
+        }
+    }
+}

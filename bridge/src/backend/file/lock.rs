@@ -1,0 +1,75 @@
+//! Image locks by qemu's scheme, so that its programs and ours keep off each other's images.
+//!
+//! A user of an image holds READ locks, of the open-file-description kind, on byte 100+p of the file for each
+//! permission p that it uses, and on byte 200+p for each that it lets nobody else use. Then it asks whether
+//! somebody else holds 200+p for a permission it uses, or 100+p for one it does not share. (The asking is for a
+//! WRITE lock, which any READ lock of others denies.) Taking first and asking afterwards, two users that
+//! come at the same time may both be refused, but never both be let in. Locks end with the descriptor.
+//!
+//! Where the bytes and permissions come from: QEMU, block/file-posix.c (`RAW_LOCK_PERM_BASE`,
+//! `RAW_LOCK_SHARED_BASE`) and include/block/block-common.h (`BLK_PERM_*`).
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use rustix::io::Errno;
+
+use crate::OpenError;
+use crate::sys::{self, LockKind};
+
+const PERMISSION_BASE: u64 = 100;
+const UNSHARED_BASE: u64 = 200;
+
+/// A permission, by its bit's number.
+#[derive(Clone, Copy)]
+struct Permission {
+    bit: u64,
+    name: &'static str,
+}
+
+const CONSISTENT_READ: Permission = Permission { bit: 0, name: "consistent read" };
+const WRITE: Permission = Permission { bit: 1, name: "write" };
+const RESIZE: Permission = Permission { bit: 3, name: "resize" };
+
+/// What both kinds of user keep others from: who reads expects nobody to write beside it.
+const UNSHARED: [Permission; 2] = [WRITE, RESIZE];
+
+/// Locks an image that was opened for reading, or for writing too.
+///
+/// # Errors
+/// `Locked` where another user is in the way. A file system without such locks: a warning, and success.
+pub(super) fn lock_image(fd: impl AsFd, path: &Path, read_only: bool) -> Result<(), OpenError> {
+    let uses: &[Permission] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+    match try_lock(&fd, uses) {
+        Ok(None) => Ok(()),
+        Ok(Some(lock)) => Err(OpenError::Locked {
+            path: path.to_owned(),
+            lock,
+            // A reader is refused only by a writer; what a writer is refused by may let readers in.
+            way_out: if read_only { "--no-lock" } else { "--read-only" },
+        }),
+        Err(errno) => {
+            tracing::warn!(path = %path.display(), %errno, "no image locks on this file system: nothing keeps other writers away");
+            Ok(())
+        }
+    }
+}
+
+/// None when locked; else the name of what was refused.
+fn try_lock(fd: impl AsFd, uses: &[Permission]) -> Result<Option<&'static str>, Errno> {
+    let mine = uses.iter().map(|p| (PERMISSION_BASE, p)).chain(UNSHARED.iter().map(|p| (UNSHARED_BASE, p)));
+    for (base, permission) in mine {
+        match sys::lock_byte(&fd, base + permission.bit, LockKind::Read) {
+            Ok(()) => {}
+            Err(Errno::AGAIN | Errno::ACCESS) => return Ok(Some(permission.name)),
+            Err(errno) => return Err(errno),
+        }
+    }
+    let theirs = uses.iter().map(|p| (UNSHARED_BASE, p)).chain(UNSHARED.iter().map(|p| (PERMISSION_BASE, p)));
+    for (base, permission) in theirs {
+        if !sys::could_lock_byte(&fd, base + permission.bit, LockKind::Write)? {
+            return Ok(Some(permission.name));
+        }
+    }
+    Ok(None)
+}

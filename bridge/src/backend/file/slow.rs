@@ -1,0 +1,134 @@
+//! Reads and writes that may wait, with owned buffers.
+
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::aio::{run, to_the_end};
+use super::{Disk, flush};
+use crate::uring::{Call, Op};
+use crate::{Buffer, Error, ErrorKind, Flags, Result};
+
+impl Disk {
+    /// Fills the buffer from `offset`.
+    pub(super) async fn read(&self, offset: u64, buf: Buffer) -> Result<Buffer> {
+        match self.direct {
+            _ if buf.is_empty() => Ok(buf),
+            Some(align) => self.read_direct(align, offset, buf).await,
+            None => {
+                let all = 0..buf.len();
+                self.read_part(&self.file, buf, all, offset).await
+            }
+        }
+    }
+
+    /// Stores the buffer at `offset`, durably where flags or cache mode say so.
+    pub(super) async fn write(this: &Arc<Self>, offset: u64, data: Buffer, flags: Flags) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let durable = this.durable(flags);
+        if durable {
+            this.gate.check()?;
+        }
+        let result = match this.direct {
+            // Both must end what they began: a durable write may be the one that hears of an earlier write's
+            // failure, and a block that was read to be modified must be written before its lock is given up.
+            Some(align) => {
+                let disk = this.clone();
+                to_the_end(async move { disk.write_direct(align, offset, data, durable).await }).await
+            }
+            None if durable => {
+                let disk = this.clone();
+                to_the_end(async move {
+                    let all = 0..data.len();
+                    disk.write_part(&disk.file, data, all, offset, true).await
+                })
+                .await
+            }
+            None => {
+                let all = 0..data.len();
+                this.write_part(&this.file, data, all, offset, false).await
+            }
+        };
+        result.map(drop)
+    }
+
+    /// Fills `buf[part]` from `offset` of this descriptor, in as many steps as it takes.
+    ///
+    /// # Errors
+    /// `Io` where the file ends before that: it was made shorter by somebody else.
+    pub(super) async fn read_part(
+        &self,
+        file: &Arc<File>,
+        mut buf: Buffer,
+        mut part: Range<usize>,
+        mut offset: u64,
+    ) -> Result<Buffer> {
+        while !part.is_empty() {
+            let call = Call::Read { buf, part: part.clone(), offset };
+            let (op, outcome) = run(self.options.aio, Op { file: file.clone(), call }).await?;
+            buf = take_buffer(op)?;
+            match outcome {
+                Ok(0) => return Err(shrunken()),
+                Ok(count) => advance(&mut part, &mut offset, count),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(Error::from_errno(errno, "read")),
+            }
+        }
+        Ok(buf)
+    }
+
+    /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. With `durable`, a failure
+    /// that may mean lost data latches the flush gate: run it to the end, see [`to_the_end`].
+    pub(super) async fn write_part(
+        &self,
+        file: &Arc<File>,
+        mut buf: Buffer,
+        mut part: Range<usize>,
+        mut offset: u64,
+        durable: bool,
+    ) -> Result<Buffer> {
+        let mut dsync = durable && self.gate.dsync();
+        while !part.is_empty() {
+            let call = Call::Write { buf, part: part.clone(), offset, durable: dsync };
+            let (op, outcome) = run(self.options.aio, Op { file: file.clone(), call }).await?;
+            buf = take_buffer(op)?;
+            match outcome {
+                Ok(0) => return Err(Error::new(ErrorKind::Io, "a write stored nothing")),
+                Ok(count) => advance(&mut part, &mut offset, count),
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP) if dsync => {
+                    self.gate.forget_dsync();
+                    dsync = false;
+                }
+                Err(errno) => {
+                    if dsync && flush::may_have_lost_data(errno) {
+                        self.gate.fail(errno);
+                    }
+                    return Err(Error::from_errno(errno, "write"));
+                }
+            }
+        }
+        if durable && !dsync {
+            self.flush().await?;
+        }
+        Ok(buf)
+    }
+}
+
+/// What a read says of a file that ends before its recorded size.
+pub(super) fn shrunken() -> Error {
+    Error::new(ErrorKind::Io, "the file is shorter than when it was opened")
+}
+
+fn take_buffer(op: Op) -> Result<Buffer> {
+    op.into_buffer().ok_or_else(|| Error::new(ErrorKind::Io, "a transfer came back without its buffer"))
+}
+
+fn advance(part: &mut Range<usize>, offset: &mut u64, count: usize) {
+    part.start = part.end.min(part.start + count);
+    *offset += count as u64;
+}
