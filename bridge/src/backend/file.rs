@@ -197,7 +197,7 @@ impl Backend for FileBackend {
         self.disk.try_write(offset, data, flags)
     }
 
-    fn file_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
+    fn file_range(&self, offset: u64, len: u64, _flags: Flags) -> Option<RangeOrHole> {
         self.disk.check_range(offset, len);
         self.disk.file_range(offset, len)
     }
