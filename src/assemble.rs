@@ -7,14 +7,12 @@ use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardM
 use bridge::backend::file::{FileBackend, FileOptions};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
-use bridge::layer::readonly::ReadOnly;
-use bridge::layer::slice::Slice;
-use bridge::layer::throttle::{Throttle, ThrottleConfig};
+use bridge::layer::{Fault, ReadOnly, Slice, Throttle, ThrottleConfig};
 use bridge::{Backend, Export};
 
-use crate::cli::{AioMode, CacheMode, DiscardMode, ExportArg, NetArgs, Source, UsageError, create};
+use crate::cli::{AioMode, CacheMode, DiscardMode, ExportArg, Format, NetArgs, Source, UsageError, create};
 
-/// Opens every source and stacks its layers, bottom to top: slice, read-only, throttle.
+/// Opens every source and stacks its layers, bottom to top: slice, fault, read-only, throttle.
 ///
 /// # Errors
 /// One line for the first that cannot be served.
@@ -39,11 +37,15 @@ fn assemble(export: &ExportArg, args: &NetArgs, throttle: &ThrottleConfig) -> Re
         );
         stack = Box::new(Slice::new(stack, args.offset, size - args.offset));
     }
+    for fault in &args.faults {
+        let config = fault.parse().map_err(|error| UsageError::new(format!("--fault: {error}")))?;
+        stack = Box::new(Fault::new(stack, config));
+    }
     if args.read_only {
         stack = Box::new(ReadOnly::new(stack));
     }
-    let stack = Throttle::new(stack, throttle.clone())
-        .map_err(|error| UsageError::new(format!("--throttle: {error}")))?;
+    let stack =
+        Throttle::new(stack, *throttle).map_err(|error| UsageError::new(format!("--throttle: {error}")))?;
     let stack = Box::new(stack);
     Ok(Export::new(export.name.clone(), export.description.clone(), stack))
 }
@@ -64,6 +66,7 @@ fn open(source: &Source, args: &NetArgs) -> Result<Box<dyn Backend>> {
         create::create_image(path, size, false)?;
         tracing::info!("{source}: made, {size} bytes");
     }
+    let Format::Raw = args.format;
     let options = FileOptions {
         read_only: args.read_only,
         cache: match args.cache {

@@ -23,7 +23,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use net::{DEFAULT_PORT, ExportArg, NetArgs};
-pub(crate) use values::{AioMode, CacheMode, DiscardMode, Listen, Source};
+pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;

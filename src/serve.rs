@@ -11,7 +11,7 @@ use bridge::Export;
 use bridge::worker::Workers;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::cli::NetArgs;
+use crate::cli::{NetArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::net::{Listener, Local, Server, Settings, bind};
 use crate::{assemble, systemd, uri};
@@ -28,6 +28,10 @@ const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 /// One line that says what kept the server from starting.
 pub(crate) fn net(args: &NetArgs) -> Result<ExitCode> {
     let passed = systemd::take_sockets()?;
+    if !passed.is_empty() && !args.listen.is_empty() {
+        let message = "the sockets come from systemd here; leave out --bind, --port and --socket";
+        return Err(UsageError::new(message).into());
+    }
     let ready = if args.fork {
         match daemon::fork(args.verbose > 0)? {
             Forked::Parent(status) => return Ok(status),
@@ -36,8 +40,8 @@ pub(crate) fn net(args: &NetArgs) -> Result<ExitCode> {
     } else {
         Ready::foreground()
     };
-    let exports = assemble::exports(args)?;
     let pid_file = args.pid_file.as_deref().map(PidFile::create).transpose()?;
+    let exports = assemble::exports(args)?;
     let workers = Workers::start(args.workers).context("cannot start the workers")?;
     let server = Server::new(exports.clone(), settings(args), workers);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -49,7 +53,7 @@ pub(crate) fn net(args: &NetArgs) -> Result<ExitCode> {
             let each = args.listen_or_default();
             each.iter().map(bind).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
         } else {
-            passed.into_iter().map(|socket| Listener::from_fd(socket.fd)).collect::<Result<Vec<_>>>()?
+            passed.into_iter().map(Listener::from_passed).collect::<Result<Vec<_>>>()?
         };
         let mut stop = Stop::new()?;
         ready.announce(&uris(&listeners, &exports))?;
@@ -61,9 +65,6 @@ pub(crate) fn net(args: &NetArgs) -> Result<ExitCode> {
         anyhow::Ok(if flushed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
-    if status.is_err() {
-        return status;
-    }
     // Workers may still hold a request that storage does not finish: ending must not wait for it.
     std::mem::forget(server);
     status

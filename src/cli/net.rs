@@ -47,6 +47,8 @@ pub(crate) struct NetArgs {
     pub(crate) discard: DiscardMode,
     /// `KEY=VALUE,...`, not looked into here.
     pub(crate) throttle: Option<String>,
+    /// Rules of what goes wrong, each `KEY=VALUE,...`, not looked into here.
+    pub(crate) faults: Vec<String>,
     /// How often `-v` was given.
     pub(crate) verbose: u8,
     /// Size of an image that is made where the path of an export leads nowhere.
@@ -196,6 +198,13 @@ pub(super) struct NetFlags {
     #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',', help_heading = IMAGE)]
     throttle: Vec<String>,
 
+    /// Make requests fail, come late or hang, to test clients: op=read,delay-ms=50,error-rate=0.01,seed=7
+    ///
+    /// Each --fault is a rule of its own. Keys: seed, op, offset, len, errno, error-rate, error-every, short-rate,
+    /// delay-ms, delay-rate, hang-rate, hang-every.
+    #[arg(long, value_name = "KEY=VALUE,...", help_heading = IMAGE)]
+    fault: Vec<String>,
+
     /// Take no locks on the image: another writer may destroy it
     #[arg(long, help_heading = IMAGE)]
     no_lock: bool,
@@ -262,6 +271,7 @@ impl NetFlags {
             aio: self.aio,
             discard: self.discard,
             throttle: (!self.throttle.is_empty()).then(|| self.throttle.join(",")),
+            faults: self.fault,
             verbose: self.verbose,
             create: self.create,
             workers: self.workers.map_or_else(cores, usize::from),

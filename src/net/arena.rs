@@ -5,17 +5,25 @@
 
 use std::cell::RefCell;
 
+use bridge::admission::RESERVE_BYTES;
+
 /// Most bytes received at once, and the most that a connection keeps unprocessed.
-pub(super) const RECEIVE_BYTES: usize = 256 << 10;
+pub(super) const RECEIVE_BYTES: usize = RECEIVE_CHARGE as usize;
+
+/// What that is charged.
+pub(super) const RECEIVE_CHARGE: u32 = 256 << 10;
 
 /// Most bytes of answers gathered for one send.
-pub(super) const ARENA_BYTES: usize = 256 << 10;
+pub(super) const ARENA_BYTES: usize = ARENA_CHARGE as usize;
+
+/// What that is charged.
+pub(super) const ARENA_CHARGE: u32 = 256 << 10;
 
 /// Room that the head of any answer without data needs.
 pub(super) const HEAD_BYTES: usize = 128;
 
 /// What a connection may keep of either kind without a charge: its account's standing reserve covers it.
-pub(super) const SMALL_BYTES: usize = 16 << 10;
+pub(super) const SMALL_BYTES: usize = RESERVE_BYTES as usize;
 
 /// A worker's scratch memory.
 pub(super) struct Scratch {

@@ -95,7 +95,7 @@ impl Connection {
             self.end(answers);
             return;
         }
-        self.output.borrow_mut().push(Segment { head, body, answers, charge });
+        self.output.borrow_mut().push(Segment { head, body, answers, _charge: charge });
         self.wake_writer();
     }
 
@@ -104,7 +104,7 @@ impl Connection {
         let answers = u32::from(last);
         self.in_flight.set(self.in_flight.get() + answers);
         let (head, body, charge) = (Vec::new(), Body::File(range), Charge::default());
-        self.output.borrow_mut().push(Segment { head, body, answers, charge });
+        self.output.borrow_mut().push(Segment { head, body, answers, _charge: charge });
     }
 
     /// Whether nothing waits for the socket.
@@ -136,7 +136,7 @@ impl Connection {
                 head: Vec::new(),
                 body: Body::Bytes(bytes[sent..].to_vec()),
                 answers: arena.answers(),
-                charge: charge.take().unwrap_or_default(),
+                _charge: charge.take().unwrap_or_default(),
             });
             self.wake_writer();
         }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use bridge::{Charge, Flags};
 use nbd_proto::NbdError;
 
-use super::arena::{RECEIVE_BYTES, SMALL_BYTES};
+use super::arena::{RECEIVE_BYTES, RECEIVE_CHARGE, SMALL_BYTES};
 use super::connection::Connection;
 use super::slow::WriteJob;
 
@@ -69,7 +69,7 @@ impl Input {
     /// How many bytes the next pass may hold at once: many only where they are paid for.
     pub(super) fn window(&mut self, connection: &Connection) -> usize {
         if self.wants_more && self.charge.is_none() {
-            self.charge = connection.account.try_charge(RECEIVE_BYTES as u32);
+            self.charge = connection.account.try_charge(RECEIVE_CHARGE);
         }
         if self.charge.is_some() { RECEIVE_BYTES } else { SMALL_BYTES.max(self.unprocessed().len()) }
     }

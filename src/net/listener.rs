@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::server::Server;
 use crate::cli::Listen;
+use crate::systemd::{Family, PassedSocket};
 
 /// After an accept that failed for want of descriptors or memory, so long until the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -23,8 +24,13 @@ const BACKLOG: i32 = 1024;
 pub(crate) enum Listener {
     /// TCP.
     Tcp(TcpListener),
-    /// Unix; the path is removed at the end where we made it.
-    Unix(UnixListener, Option<SocketPath>),
+    /// Unix.
+    Unix {
+        /// The socket.
+        listener: UnixListener,
+        /// Removes the path when dropped.
+        _path: Option<SocketPath>,
+    },
 }
 
 /// The path of a Unix socket that we made. Removed when dropped.
@@ -47,7 +53,13 @@ pub(crate) fn bind(listen: &Listen) -> anyhow::Result<Vec<Listener>> {
             let addresses = host
                 .resolve(*port)
                 .map_err(|error| anyhow::anyhow!("cannot find the address {listen}: {error} (--bind)"))?;
-            addresses.into_iter().map(bind_tcp).collect()
+            let (bound, refused): (Vec<_>, Vec<_>) =
+                addresses.into_iter().map(bind_tcp).partition(anyhow::Result::is_ok);
+            // A name may stand for an address that this host lacks, as localhost does without IPv6.
+            match refused.into_iter().next() {
+                Some(error) if bound.is_empty() => error.map(|listener| vec![listener]),
+                _ => bound.into_iter().collect(),
+            }
         }
         Listen::Unix(path) => Ok(vec![bind_unix(path)?]),
     }
@@ -112,27 +124,29 @@ fn bind_unix(path: &Path) -> anyhow::Result<Listener> {
 fn own_unix(listener: std::os::unix::net::UnixListener, path: &Path) -> anyhow::Result<Listener> {
     let made = SocketPath(path.to_owned());
     listener.set_nonblocking(true)?;
-    Ok(Listener::Unix(UnixListener::from_std(listener)?, Some(made)))
+    Ok(Listener::Unix { listener: UnixListener::from_std(listener)?, _path: Some(made) })
 }
 
 impl Listener {
-    /// Takes over a listening socket that somebody else made (systemd).
+    /// Takes over a listening socket that systemd made.
     ///
     /// # Errors
-    /// Where it is no listening stream socket.
-    pub(crate) fn from_fd(fd: OwnedFd) -> anyhow::Result<Self> {
+    /// The operating system's.
+    pub(crate) fn from_passed(socket: PassedSocket) -> anyhow::Result<Self> {
+        let PassedSocket { fd, family, name } = socket;
+        tracing::debug!(name, ?family, "listening on a passed socket");
         rustix::io::ioctl_fionbio(&fd, true)?;
-        match sockopt::socket_domain(&fd)? {
-            rustix::net::AddressFamily::UNIX => Ok(Listener::Unix(UnixListener::from_std(fd.into())?, None)),
-            _ => Ok(Listener::Tcp(TcpListener::from_std(fd.into())?)),
-        }
+        Ok(match family {
+            Family::Unix => Listener::Unix { listener: UnixListener::from_std(fd.into())?, _path: None },
+            Family::Tcp => Listener::Tcp(TcpListener::from_std(fd.into())?),
+        })
     }
 
     /// The TCP address it listens on, or the Unix path (None for one without a path).
     pub(crate) fn local(&self) -> Local {
         match self {
             Listener::Tcp(listener) => listener.local_addr().map_or(Local::Unnamed, Local::Tcp),
-            Listener::Unix(listener, _) => listener
+            Listener::Unix { listener, .. } => listener
                 .local_addr()
                 .ok()
                 .and_then(|address| address.as_pathname().map(Path::to_owned))
@@ -170,7 +184,7 @@ impl Listener {
                 let _ = sockopt::set_socket_keepalive(&fd, true);
                 Ok((fd, peer.to_string()))
             }
-            Listener::Unix(listener, _) => {
+            Listener::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
                 let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
                 let peer = pid.map_or_else(|| "unix".to_owned(), |pid| format!("unix, pid {pid}"));

@@ -49,7 +49,7 @@ pub(super) struct Segment {
     /// How many requests are answered when the last byte is out.
     pub(super) answers: u32,
     /// The memory it holds, given back when it is out.
-    pub(super) charge: Charge,
+    pub(super) _charge: Charge,
 }
 
 /// How far sending came.

@@ -15,7 +15,9 @@ use nbd_proto::{
     SIMPLE_REPLY_LEN, put_data_header, put_done, put_error, put_hole, simple_reply,
 };
 
-use super::arena::{ARENA_BYTES, Arena, HEAD_BYTES, RECEIVE_BYTES, SCRATCH, SMALL_BYTES, Scratch};
+use super::arena::{
+    ARENA_BYTES, ARENA_CHARGE, Arena, HEAD_BYTES, RECEIVE_BYTES, SCRATCH, SMALL_BYTES, Scratch,
+};
 use super::connection::Connection;
 use super::input::{Input, Payload, Stop};
 use super::output::Sent;
@@ -276,10 +278,10 @@ impl Reader {
     ) -> io::Result<Step> {
         let style = self.connection.style;
         let whole = style == ReplyStyle::Simple || wire.flags.contains(CommandFlags::DF);
-        if request.len >= SEND_FILE_BYTES {
-            if let Some(step) = self.read_file(wire, request, whole, arena, arrived)? {
-                return Ok(step);
-            }
+        if request.len >= SEND_FILE_BYTES
+            && let Some(step) = self.read_file(wire, request, whole, arena, arrived)?
+        {
+            return Ok(step);
         }
         let head = read_head_len(style);
         // No longer than the largest payload.
@@ -547,7 +549,7 @@ impl Reader {
     #[cold]
     fn make_room(&mut self, len: usize, arena: &mut Arena) -> io::Result<bool> {
         if self.arena_charge.is_none() {
-            self.arena_charge = self.connection.account.try_charge(ARENA_BYTES as u32);
+            self.arena_charge = self.connection.account.try_charge(ARENA_CHARGE);
         }
         if self.arena_charge.is_some()
             && arena.filled().len() + len <= ARENA_BYTES

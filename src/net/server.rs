@@ -153,7 +153,8 @@ impl Server {
 
     async fn flush_all(&self) -> bool {
         let mut all_well = true;
-        for export in self.shared.exports.0.iter().cloned() {
+        for export in self.shared.exports.0.iter() {
+            let export = export.clone();
             let name = export.name().to_owned();
             let flushed = self.workers.run(self.workers.next(), move || async move {
                 let caps = export.geometry().capabilities;

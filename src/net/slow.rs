@@ -5,10 +5,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Instant;
 
+use bridge::admission::RESERVE_BYTES;
 use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Reply, Request};
 use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
 
-use super::arena::SMALL_BYTES;
 use super::connection::Connection;
 use super::output::Body;
 use super::translate;
@@ -21,10 +21,11 @@ pub(super) const PIECE_BYTES: u32 = 1 << 20;
 pub(super) const OVERHEAD_BYTES: u32 = 1 << 10;
 
 /// What block status is charged: its longest answer.
-pub(super) const STATUS_BYTES: u32 = OVERHEAD_BYTES + 32 * bridge::extent::MAX_EXTENTS as u32;
+pub(super) const STATUS_BYTES: u32 = 132 << 10;
+const _: () = assert!(STATUS_BYTES as usize > 32 * bridge::extent::MAX_EXTENTS);
 
 /// A piece that fits into a connection's own reserve together with its overhead.
-pub(super) const SMALL_PIECE_BYTES: u32 = SMALL_BYTES as u32 - OVERHEAD_BYTES;
+pub(super) const SMALL_PIECE_BYTES: u32 = RESERVE_BYTES - OVERHEAD_BYTES;
 
 /// The answer that a request still owes. It is given exactly once: dropped without, it is EIO.
 pub(super) struct Answer {

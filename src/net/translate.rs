@@ -142,7 +142,7 @@ fn transmission_flags(geometry: &Geometry) -> TransmissionFlags {
 mod tests {
     use super::*;
 
-    const ALL: TransmissionFlags = TransmissionFlags(u16::MAX & !TransmissionFlags::BLOCK_STATUS_PAYLOAD.0);
+    const ALL: TransmissionFlags = TransmissionFlags(!TransmissionFlags::BLOCK_STATUS_PAYLOAD.0);
 
     fn wire(command: Command, flags: CommandFlags, offset: u64, length: u64) -> WireRequest {
         WireRequest { flags, command, cookie: 7, offset, length }
