@@ -1,9 +1,12 @@
 //! The stacks that every check runs on. One line adds one.
 
 use std::any::Any;
+use std::fs::File;
+use std::process::Command;
 
 use bridge::Backend;
 use bridge::backend::crash::CrashBackend;
+use bridge::backend::file::{AioMode, CacheMode, DiscardMode, FileBackend, FileOptions};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::{Fault, ReadOnly, Throttle};
@@ -56,6 +59,16 @@ pub const STACKS: &[Stack] = &[
     stores("fault, elsewhere", |size| made(fault(memory(size), "seed=1,error-rate=1,offset=1T"))),
     stores("fault, late", |size| made(fault(memory(size), "seed=1,delay-ms=1,delay-rate=0.05"))),
     stores("fault over throttle over crash", |size| made(fault(throttle(crash(size), "iops-total=50000"), "seed=2,delay-ms=0,op=write"))),
+    stores("file on tmpfs", |size| file("/dev/shm", size, FileOptions::default())),
+    stores("file on disk", |size| file(DISK_FOLDER, size, FileOptions::default())),
+    stores("file on tmpfs, threads", |size| file("/dev/shm", size, FileOptions { aio: AioMode::Threads, ..Default::default() })),
+    stores("file on disk, threads", |size| file(DISK_FOLDER, size, FileOptions { aio: AioMode::Threads, ..Default::default() })),
+    stores("file on disk, O_DIRECT", |size| file(DISK_FOLDER, size, FileOptions { cache: CacheMode::None, ..Default::default() })),
+    stores("file on disk, O_DIRECT, threads", |size| file(DISK_FOLDER, size, FileOptions { cache: CacheMode::None, aio: AioMode::Threads, ..Default::default() })),
+    stores("file on disk, write-through, no discard", |size| file(DISK_FOLDER, size, FileOptions { cache: CacheMode::WriteThrough, discard: DiscardMode::Ignore, ..Default::default() })),
+    stores("loop device", |size| loop_device(size, FileOptions::default())),
+    stores("loop device, O_DIRECT", |size| loop_device(size, FileOptions { cache: CacheMode::None, ..Default::default() })),
+    stores("throttle over file on tmpfs", |size| file("/dev/shm", size, FileOptions::default()).map(|(disk, keep)| (throttle(disk, "iops-total=30000"), keep))),
     Stack { name: "null", kind: Kind::Discards, make: |size| made(null(size)) },
     Stack { name: "throttle over null", kind: Kind::Discards, make: |size| made(throttle(null(size), "iops-total=30000")) },
     Stack { name: "read-only memory", kind: Kind::ReadOnly, make: |size| made(read_only(memory(size))) },
@@ -64,6 +77,41 @@ pub const STACKS: &[Stack] = &[
 
 fn made(backend: Box<dyn Backend>) -> Result<Made, String> {
     Ok((backend, None))
+}
+
+/// Where the build keeps its files: a disk's file system, as a rule.
+const DISK_FOLDER: &str = env!("CARGO_TARGET_TMPDIR");
+
+/// A new image in a temporary folder under `folder`.
+fn file(folder: &str, size: u64, options: FileOptions) -> Result<Made, String> {
+    let folder = tempfile::tempdir_in(folder).map_err(|error| format!("{folder}: {error}"))?;
+    let path = folder.path().join("image");
+    File::create(&path).and_then(|image| image.set_len(size)).map_err(|error| error.to_string())?;
+    let disk = FileBackend::open(&path, &options).map_err(|error| error.to_string())?;
+    Ok((Box::new(disk), Some(Box::new(folder))))
+}
+
+/// A loop device over such an image.
+fn loop_device(size: u64, options: FileOptions) -> Result<Made, String> {
+    struct Loop(String, #[expect(dead_code, reason = "removed when dropped")] tempfile::TempDir);
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+        }
+    }
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let path = folder.path().join("image");
+    File::create(&path)
+        .and_then(|image| image.set_len(size - size % 512))
+        .map_err(|error| error.to_string())?;
+    let made = Command::new("losetup").args(["--find", "--show"]).arg(&path).output();
+    let made = made.map_err(|error| format!("losetup: {error}"))?;
+    if !made.status.success() {
+        return Err(String::from_utf8_lossy(&made.stderr).trim().to_owned());
+    }
+    let device = Loop(String::from_utf8_lossy(&made.stdout).trim().to_owned(), folder);
+    let disk = FileBackend::open(&device.0, &options).map_err(|error| error.to_string())?;
+    Ok((Box::new(disk), Some(Box::new(device))))
 }
 
 pub fn memory(size: u64) -> Box<dyn Backend> {
