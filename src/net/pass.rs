@@ -115,7 +115,10 @@ impl Reader {
         let left = wire.payload_len(extended);
         // The extension wants the connection dropped; compact headers cannot announce more than 4 GiB.
         if extended && left > u64::from(MAX_PAYLOAD_BYTES) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a payload longer than the largest allowed"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a payload longer than the largest allowed",
+            ));
         }
         if left > 0 {
             let (cookie, offset) = (wire.cookie, wire.offset);
