@@ -24,7 +24,7 @@ mod tests;
 mod zero;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::{
@@ -126,7 +126,6 @@ impl FileBackend {
 
 /// What the operations of an open file share.
 struct Disk {
-    path: PathBuf,
     options: FileOptions,
     /// The descriptor of all I/O. It holds the image locks.
     file: Arc<File>,
