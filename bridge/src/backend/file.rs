@@ -114,7 +114,8 @@ pub struct FileBackend {
 }
 
 impl FileBackend {
-    /// Opens an image file or a block device.
+    /// Opens an image file or a block device. It may wait for storage, as every open may. The slow path needs a
+    /// tokio runtime with its I/O driver enabled, as workers have.
     ///
     /// # Errors
     /// One line for a person, see [`OpenError`].

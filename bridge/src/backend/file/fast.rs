@@ -6,7 +6,7 @@
 //! | | reads | writes |
 //! |---|---|---|
 //! | tmpfs, ramfs | plain: nothing to wait for | plain, any size |
-//! | xfs, btrfs | RWF_NOWAIT | RWF_NOWAIT |
+//! | xfs, btrfs | RWF_NOWAIT | RWF_NOWAIT; once in a clock tick plain, for the time of change |
 //! | ext4, block devices | RWF_NOWAIT | EOPNOTSUPP: plain, up to 64 KiB, while they are quick |
 //! | no RWF_NOWAIT reads (FUSE, some network file systems) | declined | as above |
 //!
@@ -31,6 +31,9 @@ const INLINE_WRITE: usize = 64 << 10;
 /// A plain write that took longer than this was not quick.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
 
+/// The shortest tick of the kernel's clock (CONFIG_HZ=1000), in nanoseconds.
+const TICK_NS: u64 = 1_000_000;
+
 /// For how long writes keep off the fast path then.
 const KEEP_OFF: Duration = Duration::from_millis(100);
 
@@ -52,6 +55,8 @@ pub(super) struct Fast {
     ranges: AtomicBool,
     /// Until when writes keep off, in nanoseconds after `epoch`.
     keep_off_until: AtomicU64,
+    /// When the last plain write was made, likewise; 0 before the first.
+    plain_write_at: AtomicU64,
     epoch: Instant,
 }
 
@@ -66,12 +71,20 @@ impl Fast {
             nowait_writes: AtomicBool::new(true),
             ranges: AtomicBool::new(!direct && !matches!(kind, Kind::Device(_))),
             keep_off_until: AtomicU64::new(0),
+            plain_write_at: AtomicU64::new(0),
             epoch: Instant::now(),
         }
     }
 
     fn now(&self) -> u64 {
         u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a write may have been refused only because the file's time of change is due: the kernel does not set
+    /// it in a write that may not wait. A plain write sets it, for the rest of the clock's tick.
+    fn time_may_be_due(&self) -> bool {
+        let last = self.plain_write_at.load(Relaxed);
+        last == 0 || self.now().saturating_sub(last) > TICK_NS
     }
 
     /// Keeps writes off from this moment, see [`Fast::now`].
@@ -133,7 +146,9 @@ impl Disk {
             match retry_on_intr(write) {
                 Ok(count) if count == data.len() => return Some(Ok(())),
                 // A part was stored: the slow path stores it again with the rest.
-                Ok(_) | Err(Errno::AGAIN) => return None,
+                Ok(_) => return None,
+                Err(Errno::AGAIN) if !self.fast.time_may_be_due() => return None,
+                Err(Errno::AGAIN) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                     self.fast.nowait_writes.store(false, Relaxed);
                 }
@@ -149,6 +164,7 @@ impl Disk {
         }
         let result = self.write_plain(offset, data);
         let ended = self.fast.now();
+        self.fast.plain_write_at.store(ended, Relaxed);
         if u128::from(ended - begun) > SLOW_WRITE.as_nanos() {
             self.fast.keep_off(ended);
         }

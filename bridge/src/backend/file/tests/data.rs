@@ -19,7 +19,9 @@ fn both_paths_see_each_other_on_every_file_system() {
                 let mut fast = vec![0; data.len()];
                 backend.try_read(929_999, &mut fast, Flags::NONE).unwrap().unwrap();
                 assert!(fast == data, "in the cache after a write");
-                backend.try_write(7, &data[..30_000], Flags::NONE).unwrap().unwrap();
+                if backend.try_write(7, &data[..30_000], Flags::NONE).is_none() {
+                    store(&backend, 7, &data[..30_000], Flags::NONE).await.unwrap();
+                }
                 assert!(load(&backend, 7, 30_000).await == data[..30_000]);
                 assert_eq!(load(&backend, 0, 7).await, [0; 7]);
                 backend.flush().await.unwrap();
@@ -139,6 +141,38 @@ fn after_a_failed_sync_flushes_and_durable_writes_fail_and_others_do_not() {
     drop(backend);
     let backend = open(&path, &FileOptions::default());
     block_on(async { backend.flush().await.unwrap() });
+}
+
+#[test]
+fn a_device_that_loses_writes_fails_the_flush_and_all_later_ones() {
+    let folder = memory();
+    let place = folder.path().to_str().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A device of 8 MiB over a file system of one.
+            if !mount(&["-t", "tmpfs", "-o", "size=1m", "none", place]) {
+                return;
+            }
+            let path = image(&folder, 8 << 20);
+            let Some(device) = Loop::over(&path, &[]) else { return };
+            let backend = open(device.path(), &FileOptions::default());
+            block_on(async {
+                store(&backend, 0, &pattern(4 << 20), Flags::NONE).await.unwrap();
+                for _ in 0..2 {
+                    assert_eq!(backend.flush().await.unwrap_err().errno(), Some(libc::EIO));
+                }
+                assert!(store(&backend, 0, &pattern(512), Flags::FUA).await.is_err());
+            });
+            drop(backend);
+            let backend = open(device.path(), &FileOptions::default());
+            block_on(async {
+                backend.flush().await.unwrap();
+                // Now by a durable write, which hears of it first.
+                assert!(store(&backend, 4 << 20, &pattern(2 << 20), Flags::FUA).await.is_err());
+                println!("a durable write latches: {}", backend.flush().await.is_err());
+            });
+        });
+    });
 }
 
 #[test]

@@ -127,3 +127,36 @@ fn each_shape_of_a_direct_request() {
     });
     assert!(std::fs::read(&path).unwrap() == bytes);
 }
+
+#[test]
+fn a_dropped_write_ends_what_it_began() {
+    let folder = disk();
+    let path = image(&folder, 4 * BLOCK);
+    if !available(&path) {
+        return;
+    }
+    for aio in [AioMode::Auto, AioMode::Threads] {
+        let backend = open(&path, &direct(aio, CacheMode::None));
+        block_on(async {
+            for turns in 0..30 {
+                let mut dropped = backend.write(100, Buffer::copy_of(&[turns; 50]), Flags::NONE);
+                for _ in 0..=turns {
+                    let poll = std::future::poll_fn(|context| {
+                        std::task::Poll::Ready(dropped.as_mut().poll(context).is_ready())
+                    });
+                    if poll.await {
+                        break;
+                    }
+                    tokio::task::yield_now().await;
+                }
+                drop(dropped);
+                store(&backend, 200, &[turns + 1; 50], Flags::NONE).await.unwrap();
+                store(&backend, 90, &[turns + 1; 10], Flags::NONE).await.unwrap();
+                let found = load(&backend, 90, 160).await;
+                assert_eq!(found[..10], [turns + 1; 10]);
+                assert_eq!(found[10..60], [turns; 50], "it was begun, and so it ends");
+                assert_eq!(found[110..], [turns + 1; 50]);
+            }
+        });
+    }
+}
