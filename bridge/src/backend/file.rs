@@ -125,6 +125,12 @@ impl FileBackend {
     }
 }
 
+impl std::fmt::Debug for FileBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileBackend").field("file", &self.disk.file).finish_non_exhaustive()
+    }
+}
+
 /// What the operations of an open file share.
 struct Disk {
     options: FileOptions,

@@ -11,7 +11,7 @@ fn reading() -> FileOptions {
 fn locked(path: &Path, options: &FileOptions) -> String {
     match FileBackend::open(path, options) {
         Err(error @ OpenError::Locked { .. }) => error.to_string(),
-        other => panic!("{:?}", other.map(|backend| backend.geometry())),
+        other => panic!("{other:?}"),
     }
 }
 
