@@ -1,8 +1,16 @@
 //! Admission by bytes: one budget for the process, an account for each connection.
 //!
-//! An account holds at most a quarter of the budget, and has a small part of its own that others cannot take
-//! ([`RESERVE_BYTES`]), so that a few greedy connections never stop a modest one. A charge is taken whole or
-//! waited for, never in parts: nobody holds some bytes while waiting for more of the same request.
+//! The budget has three parts, so that none can starve another:
+//!
+//! | part | share | who takes it | waited for |
+//! |---|---|---|---|
+//! | seats | 3/8 | each open account, once ([`ACCOUNT_BYTES`]) | no: a client too many is refused |
+//! | windows | 1/8 | what a connection keeps of input or output between two looks at it | no: it makes do with less |
+//! | requests | 1/2 | requests that wait for storage or for the network | yes, in line |
+//!
+//! An account holds at most a quarter of the whole, and has a small reserve of its own that others cannot take
+//! ([`RESERVE_BYTES`]), so that a few greedy connections never stop a modest one. A charge is taken whole or waited
+//! for, never in parts: whoever waits for a request's bytes holds none of the same part that depend on it.
 //! Counting requests is the door's: it is a matter of one connection.
 
 use std::sync::Arc;
@@ -25,45 +33,54 @@ const MIN_CAP_BYTES: u64 = 34 << 20;
 /// The bytes that all connections together may hold.
 #[derive(Debug)]
 pub struct Budget {
-    total: u64,
-    free: Arc<Semaphore>,
+    cap: usize,
+    seats: Arc<Semaphore>,
+    windows: Arc<Semaphore>,
+    requests: Arc<Semaphore>,
 }
 
 impl Budget {
     /// A budget of `total` bytes, at least [`MIN_BUDGET_BYTES`].
     pub fn new(total: u64) -> Arc<Self> {
         let total = total.max(MIN_BUDGET_BYTES);
-        let permits = usize::try_from(total).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        Arc::new(Budget { total, free: Arc::new(Semaphore::new(permits)) })
+        let part = |bytes| Arc::new(Semaphore::new(permits(bytes)));
+        Arc::new(Budget {
+            // A quarter, but always enough for the largest request with its overhead.
+            cap: permits((total / 4).max(MIN_CAP_BYTES)),
+            seats: part(total / 8 * 3),
+            windows: part(total / 8),
+            requests: part(total / 2),
+        })
     }
 
-    /// Opens an account; None where not even its reserve is free.
+    /// Opens an account; None where the seats are taken.
     pub fn open_account(self: &Arc<Self>) -> Option<Account> {
-        let reserve = self.free.clone().try_acquire_many_owned(ACCOUNT_BYTES).ok()?;
-        // A quarter, but always enough for the largest request with its overhead.
-        let cap = usize::try_from((self.total / 4).max(MIN_CAP_BYTES)).unwrap_or(usize::MAX);
-        let cap = cap.min(Semaphore::MAX_PERMITS);
+        let seat = self.seats.clone().try_acquire_many_owned(ACCOUNT_BYTES).ok()?;
         Some(Account {
-            shared: self.free.clone(),
+            budget: self.clone(),
             own: Arc::new(Semaphore::new(RESERVE_BYTES as usize)),
-            cap: Arc::new(Semaphore::new(cap)),
-            _reserve: reserve,
+            cap: Arc::new(Semaphore::new(self.cap)),
+            _seat: seat,
         })
     }
 
     /// Bytes that nobody holds.
     pub fn free_bytes(&self) -> u64 {
-        self.free.available_permits() as u64
+        [&self.seats, &self.windows, &self.requests].map(|part| part.available_permits() as u64).iter().sum()
     }
+}
+
+fn permits(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
 }
 
 /// One connection's share of the budget.
 #[derive(Debug)]
 pub struct Account {
-    shared: Arc<Semaphore>,
+    budget: Arc<Budget>,
     own: Arc<Semaphore>,
     cap: Arc<Semaphore>,
-    _reserve: OwnedSemaphorePermit,
+    _seat: OwnedSemaphorePermit,
 }
 
 /// Bytes taken from a budget; given back when dropped.
@@ -74,7 +91,13 @@ pub struct Charge {
 }
 
 impl Account {
-    /// Takes `bytes` if they are free now.
+    /// Takes `bytes` for input or output that is kept between two looks at the connection, if they are free now.
+    pub fn try_window(&self, bytes: u32) -> Option<Charge> {
+        let window = self.budget.windows.clone().try_acquire_many_owned(bytes).ok()?;
+        Some(Charge { _cap: None, _bytes: Some(window) })
+    }
+
+    /// Takes `bytes` for a request if they are free now.
     pub fn try_charge(&self, bytes: u32) -> Option<Charge> {
         if bytes == 0 {
             return Some(Charge::default());
@@ -83,12 +106,12 @@ impl Account {
             return Some(Charge { _cap: None, _bytes: Some(own) });
         }
         let cap = self.cap.clone().try_acquire_many_owned(bytes).ok()?;
-        let shared = self.shared.clone().try_acquire_many_owned(bytes).ok()?;
+        let shared = self.budget.requests.clone().try_acquire_many_owned(bytes).ok()?;
         Some(Charge { _cap: Some(cap), _bytes: Some(shared) })
     }
 
-    /// Takes `bytes`, waiting in line where they are not free. Cancel-safe: a dropped wait holds nothing.
-    /// More than a quarter of the budget at once is never granted and must not be asked for.
+    /// Takes `bytes` for a request, waiting in line where they are not free. Cancel-safe: a dropped wait holds
+    /// nothing. More than a quarter of the budget at once is never granted and must not be asked for.
     pub async fn charge(&self, bytes: u32) -> Charge {
         if let Some(charge) = self.try_charge(bytes) {
             return charge;
@@ -107,7 +130,7 @@ impl Account {
     async fn charge_shared(&self, bytes: u32) -> Charge {
         // The semaphores are never closed, so that `ok` loses nothing.
         let cap = self.cap.clone().acquire_many_owned(bytes).await.ok();
-        let shared = self.shared.clone().acquire_many_owned(bytes).await.ok();
+        let shared = self.budget.requests.clone().acquire_many_owned(bytes).await.ok();
         Charge { _cap: cap, _bytes: shared }
     }
 }
@@ -121,21 +144,33 @@ mod tests {
     }
 
     #[test]
-    fn one_account_holds_a_quarter_and_others_still_get_their_reserve() {
-        let budget = Budget::new(128 << 20);
-        let accounts: Vec<Account> = (0..5).map(|_| budget.open_account().unwrap()).collect();
-        let mut held: Vec<Charge> = (0..4).flat_map(|n| accounts[n].try_charge(31 << 20)).collect();
-        assert!(accounts[0].try_charge(4 << 20).is_none(), "over its quarter");
-        while let Some(charge) = accounts[4].try_charge(1 << 20) {
+    fn one_account_holds_a_quarter_and_others_still_get_theirs() {
+        let budget = Budget::new(256 << 20);
+        let accounts: Vec<Account> = (0..4).map(|_| budget.open_account().unwrap()).collect();
+        let mut held: Vec<Charge> = (0..2).flat_map(|n| accounts[n].try_charge(63 << 20)).collect();
+        assert!(accounts[0].try_charge(2 << 20).is_none(), "over its quarter");
+        while let Some(charge) = accounts[2].try_charge(1 << 20) {
             held.push(charge);
         }
-        // The budget is used up now, but not anybody's reserve.
-        assert!(budget.free_bytes() < 1 << 20);
-        let small = accounts[4].try_charge(RESERVE_BYTES).unwrap();
-        drop(small);
-        drop(held);
-        drop(accounts);
-        assert_eq!(budget.free_bytes(), 128 << 20);
+        // No request's bytes are left; but reserves, windows and seats are.
+        let small = accounts[3].try_charge(RESERVE_BYTES).unwrap();
+        assert!(accounts[3].try_charge(RESERVE_BYTES).is_none());
+        let window = accounts[3].try_window(256 << 10).unwrap();
+        let newcomer = budget.open_account().unwrap();
+        drop((small, window, newcomer, held, accounts));
+        assert_eq!(budget.free_bytes(), 256 << 20);
+    }
+
+    #[test]
+    fn windows_are_not_waited_for_and_do_not_stop_requests() {
+        let budget = Budget::new(0);
+        let account = budget.open_account().unwrap();
+        let mut windows = Vec::new();
+        while let Some(window) = account.try_window(256 << 10) {
+            windows.push(window);
+        }
+        assert_eq!(windows.len() as u64, MIN_BUDGET_BYTES / 8 / (256 << 10));
+        assert!(account.try_charge(32 << 20).is_some());
     }
 
     #[test]
@@ -164,6 +199,8 @@ mod tests {
             accounts.push(account);
             assert!(accounts.len() < 100_000);
         }
-        assert_eq!(accounts.len() as u64, MIN_BUDGET_BYTES / u64::from(ACCOUNT_BYTES));
+        assert_eq!(accounts.len() as u64, MIN_BUDGET_BYTES / 8 * 3 / u64::from(ACCOUNT_BYTES));
+        // Those that are seated can still do the largest request.
+        assert!(accounts[0].try_charge(32 << 20).is_some());
     }
 }

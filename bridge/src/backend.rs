@@ -46,9 +46,9 @@ pub trait Backend: Send + Sync + 'static {
     /// `write` of the whole.
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>>;
 
-    /// The range as part of a file that can be sent without waiting for storage, or None. The range may be
-    /// shorter than asked (never empty), where the rest is something else; `Hole` says that it reads as zeroes.
-    /// The flags are the read's: a later piece carries `Flags::CONTINUED`.
+    /// The range as part of a file that can be sent without waiting for storage, or None. It may be shorter than
+    /// asked (never empty), where the rest is something else; `Hole` says that it reads as zeroes. With
+    /// `Flags::WHOLE` it is all of the range, and no hole.
     fn file_range(&self, _offset: u64, _len: u64, _flags: Flags) -> Option<RangeOrHole> {
         None
     }

@@ -94,18 +94,15 @@ impl Export {
     }
 
     /// The start of a read's range as part of a file in memory, or as a hole; None where only the other ways
-    /// will do. `whole` declines anything but the whole range as part of a file. Counts what it answers; the
-    /// caller asks for the rest with `Flags::CONTINUED`.
-    pub fn try_file_range(&self, request: &Request, whole: bool, arrived: Instant) -> Option<RangeOrHole> {
+    /// will do. With `Flags::WHOLE` it is all of the range, and no hole. Counts what it answers; the caller asks
+    /// for the rest with `Flags::CONTINUED`.
+    pub fn try_file_range(&self, request: &Request, arrived: Instant) -> Option<RangeOrHole> {
         self.check(request).ok()?;
         let range = self.backend.file_range(request.offset, request.len, request.flags)?;
-        let (len, is_file) = match &range {
-            RangeOrHole::Range(range) => (range.len, true),
-            RangeOrHole::Hole(len) => (*len, false),
+        let len = match &range {
+            RangeOrHole::Range(range) => range.len,
+            RangeOrHole::Hole(len) => *len,
         };
-        if whole && !(is_file && len == request.len) {
-            return None;
-        }
         self.record(&Request { len, ..*request }, true, arrived);
         Some(range)
     }

@@ -73,6 +73,8 @@ impl Flags {
     pub const REQ_ONE: Flags = Flags(1 << 3);
     /// This is a later piece of a request whose first piece was counted: it costs bytes, but no operation.
     pub const CONTINUED: Flags = Flags(1 << 4);
+    /// A read that can only be answered in one piece: `Backend::file_range` gives the whole range or nothing.
+    pub const WHOLE: Flags = Flags(1 << 5);
 
     /// Whether all bits of `other` are set.
     pub const fn contains(self, other: Flags) -> bool {

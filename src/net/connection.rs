@@ -149,7 +149,16 @@ impl Connection {
         let mut answered = 0;
         let result = self.output.borrow_mut().send(&self.socket, &mut answered);
         self.end(answered);
+        if matches!(result, Ok(Sent::All)) {
+            // It may have waited for just that, even where no answer has ended.
+            self.wake_reader();
+        }
         result
+    }
+
+    /// Bytes that were sent from the queue since the beginning.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        self.output.borrow().sent_bytes()
     }
 
     /// Ends the connection at once: what is queued is dropped, what is in flight is answered to nobody.

@@ -26,6 +26,8 @@ pub(super) enum Stop {
     Full,
     /// This many bytes of memory are needed first.
     Charge(u32),
+    /// Others should have their turn.
+    Yield,
     /// The peer said goodbye.
     End,
 }
@@ -69,7 +71,7 @@ impl Input {
     /// How many bytes the next pass may hold at once: many only where they are paid for.
     pub(super) fn window(&mut self, connection: &Connection) -> usize {
         if self.wants_more && self.charge.is_none() {
-            self.charge = connection.account.try_charge(RECEIVE_CHARGE);
+            self.charge = connection.account.try_window(RECEIVE_CHARGE);
         }
         if self.charge.is_some() { RECEIVE_BYTES } else { SMALL_BYTES.max(self.unprocessed().len()) }
     }

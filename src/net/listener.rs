@@ -156,15 +156,15 @@ impl Listener {
 
     /// Accepts clients for ever. Cancel-safe: a dropped wait loses no client.
     pub(crate) async fn serve(&self, server: &Server) {
-        let mut clients = server.clients();
         loop {
-            if !server.has_room() {
-                // The client waits in the backlog, as qemu-nbd has it.
-                let _ = clients.changed().await;
-                continue;
-            }
+            // Who is too many waits in the backlog, as qemu-nbd has it.
+            server.wait_for_room().await;
             match self.accept().await {
-                Ok((fd, peer)) => server.take(fd, peer),
+                Ok((fd, peer)) => {
+                    // Another listener may have taken the last place in the meantime.
+                    server.wait_for_room().await;
+                    server.take(fd, peer);
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a client");
                     tokio::time::sleep(ACCEPT_PAUSE).await;

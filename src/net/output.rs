@@ -10,8 +10,8 @@ use super::socket::Socket;
 /// Segments gathered into one send at most.
 const GATHER: usize = 32;
 
-/// Sent at once from a file at most, so that one connection does not hold its worker for long.
-const FILE_PIECE_BYTES: usize = 1 << 20;
+/// Sent in one go at most, so that one connection does not hold its worker for long.
+const TURN_BYTES: usize = 2 << 20;
 
 /// What a segment carries behind its head.
 pub(super) enum Body {
@@ -59,6 +59,8 @@ pub(super) enum Sent {
     All,
     /// The socket took no more.
     Blocked,
+    /// There is room for more, but others should have their turn.
+    Paused,
 }
 
 /// The queue of one connection.
@@ -69,6 +71,8 @@ pub(super) struct Output {
     sent: usize,
     /// Bytes in the queue that are held in memory, sent or not.
     held: usize,
+    /// Bytes that were sent from here, ever.
+    total: u64,
 }
 
 impl Output {
@@ -79,6 +83,11 @@ impl Output {
     /// Bytes of memory that wait here.
     pub(super) fn held_bytes(&self) -> usize {
         self.held
+    }
+
+    /// Bytes that were sent from here since the beginning.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        self.total
     }
 
     pub(super) fn push(&mut self, segment: Segment) {
@@ -95,17 +104,17 @@ impl Output {
 
     /// Sends as much as the socket takes. `answered` counts requests whose answer is out.
     pub(super) fn send(&mut self, socket: &Socket, answered: &mut u32) -> io::Result<Sent> {
+        let mut turn = 0;
         while let Some(first) = self.queue.front() {
+            if turn >= TURN_BYTES {
+                return Ok(Sent::Paused);
+            }
             let in_head = self.sent < first.head.len();
             let sent = match &first.body {
                 Body::File(range) if !in_head => {
                     let done = self.sent - first.head.len();
                     let left = first.body.len() - done;
-                    match socket.send_file(
-                        &range.file,
-                        range.offset + done as u64,
-                        left.min(FILE_PIECE_BYTES),
-                    )? {
+                    match socket.send_file(&range.file, range.offset + done as u64, left.min(TURN_BYTES))? {
                         Some(0) if left > 0 => return Err(shrunk()),
                         sent => sent,
                     }
@@ -113,7 +122,11 @@ impl Output {
                 _ => self.send_gathered(socket)?,
             };
             match sent {
-                Some(sent) => self.advance(sent, answered),
+                Some(sent) => {
+                    turn += sent;
+                    self.total += sent as u64;
+                    self.advance(sent, answered);
+                }
                 None => return Ok(Sent::Blocked),
             }
         }

@@ -6,14 +6,20 @@
 use std::io;
 use std::time::Instant;
 
-use bridge::{Charge, Operation};
+use bridge::{Charge, Flags, Operation, Request};
 use nbd_proto::{MAX_PAYLOAD_BYTES, NbdError, Request as WireRequest, put_done, put_error};
 
 use super::arena::{ARENA_BYTES, ARENA_CHARGE, Arena, HEAD_BYTES, SMALL_BYTES};
 use super::input::{Payload, Stop};
-use super::reader::Reader;
-use super::slow::{self, Answer, OVERHEAD_BYTES};
+use super::reader::{Reader, TURN};
+use super::slow::{self, Answer, OVERHEAD_BYTES, STATUS_BYTES};
 use super::translate::{self, Asked};
+
+/// After requests for so many bytes a pass looks at the clock.
+const LOOK_AFTER_BYTES: u64 = 256 << 10;
+
+/// The least that a request counts there.
+const SMALL_WORK_BYTES: u64 = 8 << 10;
 
 /// What a step came to.
 pub(super) enum Step {
@@ -36,14 +42,23 @@ impl Step {
 impl Reader {
     /// Processes what is complete in `bytes`, sends the answers; returns how many bytes are done with.
     pub(super) fn pass(&mut self, bytes: &[u8], arena: &mut Arena) -> io::Result<(usize, Stop)> {
+        // Should an earlier pass have ended in a panic, its answers are not this client's.
+        arena.clear();
         let arrived = Instant::now();
-        let mut used = 0;
+        let (mut used, mut work) = (0, 0);
         let result = loop {
             match self.step(&bytes[used..], arena, arrived) {
                 Ok(Step::Used(n)) => {
                     used += n;
                     // What was waited for is used, or was not needed after all.
                     self.input.granted = None;
+                    work += self.worked;
+                    if work >= LOOK_AFTER_BYTES {
+                        work = 0;
+                        if arrived.elapsed() > TURN {
+                            break Ok((used, Stop::Yield));
+                        }
+                    }
                 }
                 Ok(Step::Stop(stop)) => break Ok((used, stop)),
                 Err(error) => break Err(error),
@@ -77,6 +92,7 @@ impl Reader {
             return Ok(Step::Stop(Stop::Full));
         }
         let head = WireRequest::header_len(extended);
+        self.worked = wire.length.max(SMALL_WORK_BYTES);
         let contexts = self.connection.allocation_context.is_some();
         let request =
             match translate::request(&wire, self.connection.style, self.connection.granted, contexts) {
@@ -92,14 +108,33 @@ impl Reader {
         match request.operation {
             Operation::Write => self.write(&wire, request, head, &bytes[head..], arena, arrived),
             Operation::Read => Ok(self.read(&wire, request, arena, arrived)?.after(head)),
-            operation => {
-                let bytes =
-                    if operation == Operation::BlockStatus { slow::STATUS_BYTES } else { OVERHEAD_BYTES };
-                let Some(charge) = self.permit(bytes) else { return Ok(Step::Stop(Stop::Charge(bytes))) };
-                slow::other(self.owe(&wire), request, charge, arrived);
-                Ok(Step::Used(head))
-            }
+            Operation::BlockStatus => match self.permit(STATUS_BYTES) {
+                Some(charge) => {
+                    slow::other(self.owe(&wire), request, charge, arrived);
+                    Ok(Step::Used(head))
+                }
+                // Memory is short: one extent is answer enough.
+                None => Ok(self.wait_or_start(&wire, request, head, Flags::REQ_ONE, arrived)),
+            },
+            _ => Ok(self.wait_or_start(&wire, request, head, Flags::NONE, arrived)),
         }
+    }
+
+    /// Starts a request that needs little memory, or waits for that little.
+    fn wait_or_start(
+        &mut self,
+        wire: &WireRequest,
+        mut request: Request,
+        head: usize,
+        more: Flags,
+        arrived: Instant,
+    ) -> Step {
+        let Some(charge) = self.permit(OVERHEAD_BYTES) else {
+            return Step::Stop(Stop::Charge(OVERHEAD_BYTES));
+        };
+        request.flags |= more;
+        slow::other(self.owe(wire), request, charge, arrived);
+        Step::Used(head)
     }
 
     /// Answers with an error now, or once the payload has been skipped.
@@ -157,7 +192,7 @@ impl Reader {
     #[cold]
     fn make_room(&mut self, len: usize, arena: &mut Arena) -> io::Result<bool> {
         if self.arena_charge.is_none() {
-            self.arena_charge = self.connection.account.try_charge(ARENA_CHARGE);
+            self.arena_charge = self.connection.account.try_window(ARENA_CHARGE);
         }
         if self.arena_charge.is_some()
             && arena.filled().len() + len <= ARENA_BYTES

@@ -50,7 +50,8 @@ impl Reader {
             match self.connection.export.try_execute(&request, Data::Into(&mut *data), arrived) {
                 Some(Ok(())) if len == 0 => self.answer_done(wire, arena),
                 Some(Ok(())) => {
-                    let hole = style != ReplyStyle::Simple && !whole && is_zero(data);
+                    // The head of a hole is longer than that of data, by less than four bytes of data.
+                    let hole = len >= 4 && style != ReplyStyle::Simple && !whole && is_zero(data);
                     let head = put_read_head(style, wire, hole, wire_len, tail);
                     arena.commit(if hole { head } else { head + len });
                     arena.count_answer();
@@ -99,8 +100,11 @@ impl Reader {
     ) -> io::Result<Option<Step>> {
         let connection = self.connection.clone();
         let (style, mut rest) = (connection.style, request);
+        if whole {
+            rest.flags |= Flags::WHOLE;
+        }
         let end = request.offset + request.len;
-        while let Some(range) = connection.export.try_file_range(&rest, whole, arrived) {
+        while let Some(range) = connection.export.try_file_range(&rest, arrived) {
             let (len, file) = match range {
                 RangeOrHole::Hole(len) => (len, None),
                 RangeOrHole::Range(range) => (range.len, Some(range)),
@@ -114,7 +118,7 @@ impl Reader {
                     arena.put_head(|out| put_data_header(style, cookie, asked, offset, chunk, last, out));
                     connection.send_arena(arena, true, &mut self.arena_charge)?;
                     connection.push_file(range, last);
-                    if connection.send_queue()? == Sent::Blocked {
+                    if connection.send_queue()? != Sent::All {
                         connection.wake_writer();
                     }
                 }

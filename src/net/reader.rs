@@ -11,11 +11,15 @@ use std::time::{Duration, Instant};
 use bridge::Charge;
 
 use super::arena::{RECEIVE_BYTES, SCRATCH, Scratch};
-use super::connection::Connection;
+use super::connection::{Connection, ready_if};
 use super::input::{Input, Stop};
+use super::socket::HangUp;
+
+/// A client that ended its half of the connection is believed to be there for so long.
+const HALF_OPEN: Duration = Duration::from_secs(10);
 
 /// How long a busy connection keeps its worker before it lets the others run.
-const TURN: Duration = Duration::from_micros(500);
+pub(super) const TURN: Duration = Duration::from_micros(500);
 
 /// The reading half of a connection.
 pub(super) struct Reader {
@@ -23,6 +27,8 @@ pub(super) struct Reader {
     pub(super) input: Input,
     /// Pays for answers in the arena beyond what the reserve covers, during a pass.
     pub(super) arena_charge: Option<Charge>,
+    /// The length of the last request taken in: a measure of the work it made.
+    pub(super) worked: u64,
     /// At a shutdown: the last look for requests was taken.
     looked: bool,
 }
@@ -30,7 +36,13 @@ pub(super) struct Reader {
 impl Reader {
     /// A reader that begins with `first`, what arrived behind the handshake.
     pub(super) fn new(connection: &Rc<Connection>, first: Vec<u8>) -> Self {
-        Reader { connection: connection.clone(), input: Input::new(first), arena_charge: None, looked: false }
+        Reader {
+            connection: connection.clone(),
+            input: Input::new(first),
+            arena_charge: None,
+            worked: 0,
+            looked: false,
+        }
     }
 
     /// Serves until the peer says goodbye or is gone, or a shutdown has drained the connection; then waits for
@@ -38,31 +50,54 @@ impl Reader {
     ///
     /// # Errors
     /// A broken connection, a peer that breaks the protocol or stops in the middle of a request.
-    pub(super) async fn run(mut self) -> io::Result<()> {
+    pub(super) async fn run(&mut self) -> io::Result<()> {
         let mut stop = self.pass_kept()?;
         let mut turn = Instant::now();
         loop {
             stop = match stop {
                 Stop::End => break,
+                Stop::NeedMore => self.receive().await?,
+                Stop::Yield => {
+                    tokio::task::yield_now().await;
+                    self.pass_kept()?
+                }
                 Stop::Full => {
-                    self.wait_for_room().await;
+                    let connection = &self.connection;
+                    let room = || connection.has_slot(0) && connection.output_is_empty();
+                    let wait = connection.reader_wait(|_| ready_if(room()));
+                    self.resume_after(wait).await?;
                     self.pass_kept()?
                 }
                 Stop::Charge(bytes) => {
-                    self.input.granted = Some((bytes, self.connection.account.charge(bytes).await));
+                    let charge = self.resume_after(self.connection.account.charge(bytes)).await?;
+                    self.input.granted = Some((bytes, charge));
                     self.pass_kept()?
                 }
-                Stop::NeedMore => self.receive().await?,
             };
-            if self.connection.is_closed() {
-                return Err(io::ErrorKind::ConnectionAborted.into());
-            }
             if turn.elapsed() > TURN {
                 tokio::task::yield_now().await;
                 turn = Instant::now();
             }
         }
         self.finish().await
+    }
+
+    /// Waits for what requests that are here already need, as long as the connection lives. Requests of a client
+    /// that has left meanwhile are not begun any more: it may have stored newer data by another connection.
+    async fn resume_after<T>(&self, wait: impl Future<Output = T>) -> io::Result<T> {
+        let connection = &self.connection;
+        let begun = Instant::now();
+        let result = tokio::select! {
+            result = wait => result,
+            () = connection.reader_wait(|_| ready_if(connection.is_closed())) => return Err(gone()),
+        };
+        let left = match connection.socket.hang_up() {
+            HangUp::No => false,
+            // A client may end its half and still wait for answers; but one that closed TCP looks the same.
+            HangUp::Half => begun.elapsed() > HALF_OPEN,
+            HangUp::Full => true,
+        };
+        if left || connection.is_closed() { Err(gone()) } else { Ok(result) }
     }
 
     /// Waits until everything in flight is answered and sent.
@@ -75,17 +110,6 @@ impl Reader {
             })
             .await;
         Ok(())
-    }
-
-    /// Waits until a slot is free and the socket has taken what waited for it.
-    async fn wait_for_room(&self) {
-        let connection = &self.connection;
-        connection
-            .reader_wait(|_| {
-                let room = connection.has_slot(0) && connection.output_is_empty();
-                if room || connection.is_closed() { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
     }
 
     /// Waits for bytes, receives them, and makes a pass over all there are.
@@ -158,6 +182,10 @@ impl Reader {
         self.input.skip(used);
         Ok(stop)
     }
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the client left with requests that had not been begun")
 }
 
 fn stalled(limit: Duration) -> io::Error {

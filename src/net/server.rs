@@ -107,29 +107,36 @@ impl Server {
         });
     }
 
+    /// Waits until one more client is welcome.
+    pub(crate) async fn wait_for_room(&self) {
+        let mut clients = self.clients();
+        let max = self.shared.settings.max_clients.unwrap_or(usize::MAX);
+        let _ = clients.wait_for(|count| *count < max).await;
+    }
+
     /// How many clients there are, and each change of it.
     pub(crate) fn clients(&self) -> watch::Receiver<usize> {
         self.shared.clients.subscribe()
     }
 
-    /// Whether one more client is welcome now.
-    pub(crate) fn has_room(&self) -> bool {
-        let max = self.shared.settings.max_clients;
-        max.is_none_or(|max| *self.shared.clients.borrow() < max)
+    /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most), closes all connections,
+    /// flushes every export. `hurry` cuts it short wherever it is. False where not everything was flushed.
+    pub(crate) async fn shut_down(&self, hurry: impl Future<Output = ()>) -> bool {
+        tokio::select! {
+            flushed = self.drain_and_flush() => flushed,
+            () = hurry => {
+                tracing::warn!("told again to stop: ending at once");
+                false
+            }
+        }
     }
 
-    /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most, or until `hurry`
-    /// is done), closes all connections, flushes every export. False where a flush failed.
-    pub(crate) async fn shut_down(&self, hurry: impl Future<Output = ()>) -> bool {
-        self.set_phase(Phase::Draining);
-        let mut clients = self.clients();
+    async fn drain_and_flush(&self) -> bool {
         let limit = self.shared.settings.drain_timeout;
-        tokio::select! {
-            _ = clients.wait_for(|count| *count == 0) => {}
-            () = tokio::time::sleep(limit) => {
-                tracing::warn!("{} clients still busy after {limit:?}: closing them", *self.clients().borrow());
-            }
-            () = hurry => return false,
+        let mut clients = self.clients();
+        self.set_phase(Phase::Draining);
+        if tokio::time::timeout(limit, clients.wait_for(|count| *count == 0)).await.is_err() {
+            tracing::warn!("{} clients still busy after {limit:?}: closing them", *self.clients().borrow());
         }
         self.set_phase(Phase::Over);
         // Requests that storage still holds cannot be waited for without bound.

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bridge::Account;
 use nbd_proto::{CloseReason, Handshake, Limits, Negotiated, Step, TlsPolicy};
@@ -13,6 +14,9 @@ use super::output::Sent;
 use super::reader::Reader;
 use super::server::{Phase, Shared};
 use super::socket::Socket;
+
+/// What a client must take within the send timeout while answers wait for it.
+const PROGRESS_BYTES: u64 = 64 << 10;
 
 /// Received at once during the handshake.
 const HANDSHAKE_BYTES: usize = 4096;
@@ -43,13 +47,15 @@ async fn serve_client(
     tracing::info!(%peer, export = negotiated.export, style = ?negotiated.style, "client connected");
     let connection = Connection::new(socket, export, &negotiated, account, shared.settings.clone());
     let _listed = Listed::new(id, &connection);
-    // However this function is left, the socket is closed and the writer ends.
-    let _closing = CloseOnDrop(connection.clone());
     if shared.phase() != Phase::Running {
         connection.drain();
     }
     tokio::task::spawn_local(write(connection.clone()));
-    Reader::new(&connection, first).run().await
+    let mut reader = Reader::new(&connection, first);
+    // However this function is left, the socket is closed and the writer ends; before the reader is dropped, so
+    // that what it still owes is owed to nobody.
+    let _closing = CloseOnDrop(connection.clone());
+    reader.run().await
 }
 
 struct CloseOnDrop(Rc<Connection>);
@@ -73,18 +79,33 @@ async fn write(connection: Rc<Connection>) {
     }
 }
 
+/// Sends until the queue is empty. A client that takes too little for too long is given up: otherwise a sip now
+/// and then would keep its memory for ever.
 async fn send_queued(connection: &Connection) -> io::Result<()> {
     let limit = connection.settings.send_timeout;
-    while !connection.is_closed() && connection.send_queue()? == Sent::Blocked {
-        let mut writable =
-            tokio::time::timeout(limit, connection.socket.writable()).await.map_err(|_| {
-                io::Error::new(io::ErrorKind::TimedOut, format!("the client took nothing for {limit:?}"))
-            })??;
-        if connection.send_queue()? == Sent::Blocked {
-            writable.clear_ready();
+    let mut mark = (Instant::now(), connection.sent_bytes());
+    while !connection.is_closed() {
+        match connection.send_queue()? {
+            Sent::All => return Ok(()),
+            Sent::Paused => tokio::task::yield_now().await,
+            Sent::Blocked => {
+                let left = limit.saturating_sub(mark.0.elapsed());
+                let writable = tokio::time::timeout(left, connection.socket.writable()).await;
+                let mut writable = writable.map_err(|_| too_slow(limit))??;
+                if connection.send_queue()? == Sent::Blocked {
+                    writable.clear_ready();
+                }
+            }
+        }
+        if connection.sent_bytes() - mark.1 >= PROGRESS_BYTES {
+            mark = (Instant::now(), connection.sent_bytes());
         }
     }
     Ok(())
+}
+
+fn too_slow(limit: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("the client has not read its answers for {limit:?}"))
 }
 
 /// The handshake. None where the client left in good order; else the outcome, and what came behind it.

@@ -195,11 +195,11 @@ pub(super) struct WriteJob {
     outstanding: Cell<u32>,
     complete: Cell<bool>,
     error: RefCell<Option<Error>>,
-    charge: Cell<Charge>,
 }
 
 impl WriteJob {
-    pub(super) fn new(answer: Answer, durable: bool, charge: Charge) -> Rc<Self> {
+    /// A connection has one at a time that is not complete, which its seat covers: it is not charged.
+    pub(super) fn new(answer: Answer, durable: bool) -> Rc<Self> {
         Rc::new(WriteJob {
             connection: answer.connection.clone(),
             answer: RefCell::new(Some(answer)),
@@ -207,7 +207,6 @@ impl WriteJob {
             outstanding: Cell::new(0),
             complete: Cell::new(false),
             error: RefCell::new(None),
-            charge: Cell::new(charge),
         })
     }
 
@@ -245,7 +244,7 @@ impl WriteJob {
             return;
         }
         let Some(answer) = self.answer.borrow_mut().take() else { return };
-        let charge = self.charge.take();
+        let charge = Charge::default();
         if let Some(error) = self.error.borrow_mut().take() {
             answer.failed(&error, charge);
         } else if self.durable {

@@ -7,6 +7,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::task::{Context, Poll};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
@@ -66,11 +67,37 @@ impl Socket {
         })
     }
 
+    /// Whether the peer has hung up, as far as its kernel has told ours.
+    pub(super) fn hang_up(&self) -> HangUp {
+        let mut polled = [PollFd::new(&self.fd, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // An error is no proof: then sending finds out.
+        let _ = rustix::event::poll(&mut polled, Some(&now));
+        let events = polled[0].revents();
+        if events.intersects(PollFlags::HUP | PollFlags::ERR) {
+            HangUp::Full
+        } else if events.contains(PollFlags::RDHUP) {
+            HangUp::Half
+        } else {
+            HangUp::No
+        }
+    }
+
     /// Ends both directions: every later call fails or finds the end, the peer sees a close.
     pub(super) fn shut_down(&self) {
         // A peer that is gone already is no news.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
+}
+
+/// What is known of a peer's leaving.
+pub(super) enum HangUp {
+    /// It is there.
+    No,
+    /// It sends no more.
+    Half,
+    /// It is gone.
+    Full,
 }
 
 fn send_flags(more: bool) -> SendFlags {

@@ -11,11 +11,14 @@ use super::arena::{Arena, HEAD_BYTES, RECEIVE_BYTES, SMALL_BYTES};
 use super::input::{Payload, Stop};
 use super::pass::Step;
 use super::reader::Reader;
-use super::slow::{self, OVERHEAD_BYTES, WriteJob};
+use super::slow::{self, OVERHEAD_BYTES, SMALL_PIECE_BYTES, WriteJob};
 use super::translate;
 
 /// Part of a large payload that is stored at once, at least; a smaller write is stored whole.
 const STORE_BYTES: usize = 64 << 10;
+
+/// A piece that a connection's own reserve covers.
+const SMALL_PIECE: usize = SMALL_PIECE_BYTES as usize;
 
 impl Reader {
     /// Stores a write's payload, as far as it has arrived.
@@ -45,8 +48,14 @@ impl Reader {
                 None => {
                     // A payload in the receive buffer is no longer than that.
                     let bytes = u32::try_from(len).unwrap_or(u32::MAX).saturating_add(OVERHEAD_BYTES);
-                    let Some(charge) = self.permit(bytes) else { return Ok(Step::Stop(Stop::Charge(bytes))) };
-                    slow::write(self.owe(wire), request, Buffer::copy_of(payload), charge, arrived);
+                    match self.permit(bytes) {
+                        Some(charge) => {
+                            slow::write(self.owe(wire), request, Buffer::copy_of(payload), charge, arrived);
+                        }
+                        None if len <= SMALL_PIECE => return Ok(Step::Stop(Stop::Charge(bytes))),
+                        // Memory is short: in pieces that the reserve covers.
+                        None => return Ok(self.store_in_pieces(wire, request, head)),
+                    }
                 }
             }
             return Ok(Step::Used(head + len));
@@ -54,17 +63,19 @@ impl Reader {
         if len <= STORE_BYTES.min(self.input_window() / 2) {
             return Ok(Step::Stop(Stop::NeedMore));
         }
-        let Some(charge) = self.permit(OVERHEAD_BYTES) else {
-            return Ok(Step::Stop(Stop::Charge(OVERHEAD_BYTES)));
-        };
-        let job = WriteJob::new(self.owe(wire), request.flags.contains(Flags::FUA), charge);
+        Ok(self.store_in_pieces(wire, request, head))
+    }
+
+    /// Takes in the head of a write whose payload will be stored as it comes.
+    fn store_in_pieces(&mut self, wire: &WireRequest, request: Request, head: usize) -> Step {
+        let job = WriteJob::new(self.owe(wire), request.flags.contains(Flags::FUA));
         self.input.payload = Some(Payload::Store {
             left: request.len,
             offset: request.offset,
             flags: request.flags.without(Flags::FUA),
             job,
         });
-        Ok(Step::Used(head))
+        Step::Used(head)
     }
 
     /// Takes in what has arrived of a payload.
@@ -110,33 +121,34 @@ impl Reader {
         arrived: Instant,
     ) -> io::Result<Step> {
         let available = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let last = available as u64 == left;
-        let mut piece = available;
-        if !last {
-            if available < STORE_BYTES.min(self.input_window() / 2) {
-                self.input.payload = Some(Payload::Store { left, offset, flags, job });
-                return Ok(Step::Stop(Stop::NeedMore));
-            }
-            // Pieces end on whole pages, so that storage is not asked to change parts of one twice.
-            let past_page = usize::try_from((offset + available as u64) % 4096).unwrap_or_default();
-            piece -= past_page.min(piece - 1);
+        if (available as u64) < left && available < STORE_BYTES.min(self.input_window() / 2) {
+            self.input.payload = Some(Payload::Store { left, offset, flags, job });
+            return Ok(Step::Stop(Stop::NeedMore));
         }
-        let request = Request::new(Operation::Write, offset, piece as u64).with_flags(flags);
+        let mut piece = whole_pages(offset, available, left);
+        let request = |piece| Request::new(Operation::Write, offset, piece as u64).with_flags(flags);
         if !job.has_failed() {
-            match self.connection.export.try_execute(&request, Data::From(&bytes[..piece]), arrived) {
+            match self.connection.export.try_execute(&request(piece), Data::From(&bytes[..piece]), arrived) {
                 Some(Ok(())) => {}
                 Some(Err(error)) => job.fail(error),
                 None => {
                     // No longer than the receive buffer.
-                    let wanted = u32::try_from(piece).unwrap_or(u32::MAX).saturating_add(OVERHEAD_BYTES);
-                    let Some(charge) = self.permit(wanted) else {
+                    let bytes_of =
+                        |piece| u32::try_from(piece).unwrap_or(u32::MAX).saturating_add(OVERHEAD_BYTES);
+                    let mut charge = self.permit(bytes_of(piece));
+                    if charge.is_none() {
+                        piece = whole_pages(offset, piece.min(SMALL_PIECE), left);
+                        charge = self.permit(bytes_of(piece));
+                    }
+                    let Some(charge) = charge else {
                         self.input.payload = Some(Payload::Store { left, offset, flags, job });
-                        return Ok(Step::Stop(Stop::Charge(wanted)));
+                        return Ok(Step::Stop(Stop::Charge(bytes_of(piece))));
                     };
-                    job.store(request, Buffer::copy_of(&bytes[..piece]), charge, arrived);
+                    job.store(request(piece), Buffer::copy_of(&bytes[..piece]), charge, arrived);
                 }
             }
         }
+        let last = piece as u64 == left;
         if last {
             job.complete();
         } else {
@@ -153,4 +165,14 @@ impl Reader {
     fn input_window(&self) -> usize {
         if self.input.is_charged() { RECEIVE_BYTES } else { SMALL_BYTES }
     }
+}
+
+/// The part of `available` bytes at `offset` that ends on a whole page, so that storage is not asked to change parts
+/// of one twice; all of them where they are the last, or hold no page's end.
+fn whole_pages(offset: u64, available: usize, left: u64) -> usize {
+    if available as u64 == left {
+        return available;
+    }
+    let past_page = usize::try_from((offset + available as u64) % 4096).unwrap_or_default();
+    if past_page < available { available - past_page } else { available }
 }

@@ -203,9 +203,9 @@ impl Backend for FileBackend {
         self.disk.try_write(offset, data, flags)
     }
 
-    fn file_range(&self, offset: u64, len: u64, _flags: Flags) -> Option<RangeOrHole> {
+    fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {
         self.disk.check_range(offset, len);
-        self.disk.file_range(offset, len)
+        self.disk.file_range(offset, len, flags)
     }
 
     /// Cancel-safe: the kernel's part goes on with its own buffer.

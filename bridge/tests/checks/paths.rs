@@ -38,7 +38,7 @@ pub async fn file_ranges_hold_what_reads_give(disk: Disk) {
     }
     for (offset, len) in ranges(&disk) {
         let request = Request::new(Operation::Read, offset, len as u64);
-        let Some(range) = disk.export.try_file_range(&request, false, Instant::now()) else { continue };
+        let Some(range) = disk.export.try_file_range(&request, Instant::now()) else { continue };
         let bytes = match range {
             RangeOrHole::Hole(hole) => vec![0; usize::try_from(hole).unwrap()],
             RangeOrHole::Range(range) => {

@@ -175,11 +175,15 @@ impl Disk {
     ///
     /// Not by lseek(2) alone: on storage it may read the file system's metadata and waits for the inode's lock; on
     /// tmpfs it looks at every page up to the next hole, however far that is.
-    pub(super) fn file_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
+    pub(super) fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {
         if len == 0 || !self.fast.ranges.load(Relaxed) {
             return None;
         }
-        if self.fast.plain { self.range_in_memory(offset, len) } else { self.range_in_cache(offset, len) }
+        match self.fast.plain {
+            true if flags.contains(Flags::WHOLE) => Some(self.range(offset, len)),
+            true => self.range_in_memory(offset, len),
+            false => self.range_in_cache(offset, len),
+        }
     }
 
     /// On storage: cachestat(2) must find every page, and a one-byte read that may not wait must succeed at both
@@ -200,6 +204,11 @@ impl Disk {
     /// On tmpfs nothing waits, and holes can be sent like data. Where cachestat(2) shows that there are some, they
     /// are looked for: the search ends within the range.
     fn range_in_memory(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
+        // Pages that were swapped out are missing too, but are no holes.
+        let holes = |stat: sys::CacheStat| stat.cached < self.pages(offset, len) && stat.evicted == 0;
+        if !sys::cachestat(&*self.file, offset, len).is_ok_and(holes) {
+            return Some(self.range(offset, len));
+        }
         let end = offset + len;
         let seek = |from| match rustix::fs::seek(&*self.file, from) {
             Ok(place) => Some(place.clamp(offset, end)),
@@ -209,11 +218,6 @@ impl Disk {
         let data = seek(SeekFrom::Data(offset))?;
         if data > offset {
             return Some(RangeOrHole::Hole(data - offset));
-        }
-        // Pages that were swapped out are missing too, but are no holes.
-        let holes = |stat: sys::CacheStat| stat.cached < self.pages(offset, len) && stat.evicted == 0;
-        if !sys::cachestat(&*self.file, offset, len).is_ok_and(holes) {
-            return Some(self.range(offset, len));
         }
         let mut hole = offset;
         for _ in 0..MAX_SEEKS / 2 {

@@ -27,18 +27,16 @@ impl Disk {
         let (file, aio) = (self.file.clone(), self.options.aio);
         self.gate
             .flush(move || async move {
-                let (_, outcome) =
-                    super::aio::run(aio, Op { file, call: Call::Sync }).await.map_err(|_| Errno::IO)?;
-                outcome.map(drop)
+                loop {
+                    let op = Op { file: file.clone(), call: Call::Sync };
+                    match super::aio::run(aio, op).await.map_err(|_| Errno::IO)?.1 {
+                        Err(Errno::INTR) => {}
+                        outcome => return outcome.map(drop),
+                    }
+                }
             })
             .await
     }
-}
-
-/// Whether a durable write that failed so may have told of (or caused) the loss of data that was written before.
-/// These are about the write itself: no room (ENOSPC, EDQUOT, EFBIG), or refused before anything was done (EINVAL, EPERM).
-pub(super) fn may_have_lost_data(errno: Errno) -> bool {
-    !matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::INVAL | Errno::PERM)
 }
 
 /// See the module's words.
@@ -332,15 +330,5 @@ mod tests {
         });
         drop(runtime);
         assert!(gate.check().is_err());
-    }
-
-    #[test]
-    fn which_durable_writes_latch() {
-        for errno in [Errno::NOSPC, Errno::DQUOT, Errno::FBIG, Errno::INVAL, Errno::PERM] {
-            assert!(!may_have_lost_data(errno));
-        }
-        for errno in [Errno::IO, Errno::NODEV, Errno::NOMEM, Errno::NXIO, Errno::STALE] {
-            assert!(may_have_lost_data(errno));
-        }
     }
 }

@@ -11,6 +11,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -34,19 +35,30 @@ const RESIZE: Permission = Permission { bit: 3, name: "resize" };
 /// What both kinds of user keep others from: who reads expects nobody to write beside it.
 const UNSHARED: [Permission; 2] = [WRITE, RESIZE];
 
+/// How long a refusal is not believed: a process that was killed with requests in the kernel keeps its locks until
+/// those have ended, and its successor may start before.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// Locks an image that was opened for reading, or for writing too.
 ///
 /// # Errors
-/// `Locked` where another user is in the way. A file system without such locks: a warning, and success.
+/// `Locked` where another user is in the way, for longer than a moment. A file system without such locks: a warning, and success.
 pub(super) fn lock_image(fd: impl AsFd, path: &Path, read_only: bool) -> Result<(), OpenError> {
     let uses: &[Permission] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
-    match try_lock(&fd, uses) {
+    let mut outcome = try_lock(&fd, uses);
+    let begun = Instant::now();
+    while matches!(outcome, Ok(Some(_))) && begun.elapsed() < PATIENCE {
+        std::thread::sleep(PAUSE);
+        outcome = try_lock(&fd, uses);
+    }
+    match outcome {
         Ok(None) => Ok(()),
         Ok(Some(lock)) => Err(OpenError::Locked {
             path: path.to_owned(),
             lock,
             // A reader is refused only by a writer; what a writer is refused by may let readers in.
-            way_out: if read_only { "--no-lock" } else { "--read-only" },
+            way_out: if read_only { "--no-lock at your own risk" } else { "--read-only" },
         }),
         Err(errno) => {
             tracing::warn!(path = %path.display(), %errno, "no image locks on this file system: nothing keeps other writers away");

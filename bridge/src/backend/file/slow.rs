@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::Disk;
 use super::aio::to_the_end;
-use super::{Disk, flush};
 use crate::uring::{Call, Op};
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
 
@@ -81,8 +81,8 @@ impl Disk {
         Ok(buf)
     }
 
-    /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. With `durable`, a failure
-    /// that may mean lost data latches the flush gate: run it to the end, see [`to_the_end`].
+    /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. With `durable`, a sync that
+    /// fails latches the flush gate: run it to the end, see [`to_the_end`].
     pub(super) async fn write_part(
         &self,
         file: &Arc<File>,
@@ -104,12 +104,17 @@ impl Disk {
                     self.gate.forget_dsync();
                     dsync = false;
                 }
-                Err(errno) => {
-                    if dsync && flush::may_have_lost_data(errno) {
+                // The write itself, or its sync, which then told of other writes' loss: it is done again without.
+                Err(errno) if dsync => {
+                    let call = Call::Write { buf, part: part.clone(), offset, durable: false };
+                    let (_, again) = self.transfer(Op { file: file.clone(), call }).await?;
+                    if again.is_ok() {
                         self.gate.fail(errno);
+                        return Err(Error::from_errno(Errno::IO, "durable write"));
                     }
                     return Err(Error::from_errno(errno, "write"));
                 }
+                Err(errno) => return Err(Error::from_errno(errno, "write")),
             }
         }
         if durable && !dsync {

@@ -26,7 +26,7 @@ fn a_cold_read_declines_and_a_warm_one_answers() {
         eprintln!("SKIP cold reads: this file system keeps its pages");
         return;
     }
-    assert!(backend.file_range(0, 1 << 20).is_none(), "not in memory");
+    assert!(backend.file_range(0, 1 << 20, Flags::NONE).is_none(), "not in memory");
     block_on(async {
         assert!(load(&backend, 0, 1 << 20).await == pattern(1 << 20));
         backend.try_read(500_000, &mut buf, Flags::NONE).unwrap().unwrap();
@@ -124,7 +124,7 @@ fn a_full_file_system_is_no_space_on_both_paths() {
 }
 
 fn range(backend: &FileBackend, offset: u64, len: u64) -> (u64, bool) {
-    match backend.file_range(offset, len) {
+    match backend.file_range(offset, len, Flags::NONE) {
         Some(RangeOrHole::Hole(len)) => (len, false),
         Some(RangeOrHole::Range(range)) => {
             assert_eq!(range.offset, offset);
