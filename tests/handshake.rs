@@ -273,7 +273,9 @@ fn metadata_contexts() {
         let cut = &meta_data("one", &["base:allocation"])[..15];
         assert_eq!(negotiation.verdict(option, cut), OptReply::ErrInvalid);
     }
-    assert_goes_on(negotiation);
+    assert_eq!(negotiation.verdict(OptionCode::StructuredReply, b""), OptReply::ErrInvalid, "a second one");
+    negotiation.select_allocation("one");
+    assert_eq!(negotiation.go(ReplyStyle::Structured, "one").read(0, 512), [0; 512]);
 }
 
 /// The ways in which a selection that was made does not hold.
