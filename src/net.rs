@@ -17,12 +17,15 @@ mod directory;
 mod input;
 mod listener;
 mod output;
+mod pass;
+mod read;
 mod reader;
 mod server;
 mod session;
 mod slow;
 mod socket;
 mod translate;
+mod write;
 mod zero;
 
 pub(crate) use listener::{Listener, Local, bind};

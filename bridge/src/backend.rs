@@ -42,7 +42,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Fills `buf` from `offset` now, or declines with None. After an error the buffer's content is undefined.
     fn try_read(&self, offset: u64, buf: &mut [u8], flags: Flags) -> Option<Result<()>>;
 
-    /// Stores `data` at `offset` now, or declines with None and has changed nothing.
+    /// Stores `data` at `offset` now, or declines with None; then some of it may be stored already, and the caller goes on with
+    /// `write` of the whole.
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>>;
 
     /// The range as part of a file that can be sent without waiting for storage, or None. The range may be

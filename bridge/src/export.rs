@@ -122,8 +122,7 @@ impl Export {
     ///
     /// # Errors
     /// `NoSpace` for a write or zeroes past the end, `InvalidInput` for others; `ReadOnly`; `InvalidInput` for a
-    /// flag that does not apply or a range that breaks the alignment; `NotSupported` for an operation that this
-    /// source does not have.
+    /// flag or an operation that the source does not have, or a range that breaks the alignment.
     #[inline]
     pub fn check(&self, request: &Request) -> Result<()> {
         let geometry = self.backend.geometry();
@@ -137,6 +136,14 @@ impl Export {
                 _ => ErrorKind::InvalidInput,
             };
             return Err(Error::new(kind, "the range goes past the end of the export"));
+        }
+        if request.flags != Flags::NONE {
+            let needs = |flag, capability| request.flags.contains(flag) && !caps.contains(capability);
+            if operation.changes_data() && needs(Flags::FUA, Capabilities::FUA)
+                || operation == Operation::WriteZeroes && needs(Flags::FAST_ZERO, Capabilities::FAST_ZERO)
+            {
+                return Err(Error::new(ErrorKind::InvalidInput, "the export cannot honour this flag"));
+            }
         }
         if geometry.min_block > 1 {
             check_alignment(request, &geometry)?;

@@ -60,7 +60,8 @@ impl Workers {
         }
     }
 
-    /// Runs a future on worker `index` and waits for its result; None where the worker has ended.
+    /// Runs a future on worker `index` and waits for its result; None where the worker has ended. Nothing begins
+    /// before the first poll.
     pub async fn run<F, T, R>(&self, index: usize, make: F) -> Option<R>
     where
         F: FnOnce() -> T + Send + 'static,

@@ -200,6 +200,7 @@ impl Backend for CrashBackend {
                 | Capabilities::TRIM
                 | Capabilities::WRITE_ZEROES
                 | Capabilities::FAST_ZERO
+                | Capabilities::CACHE
                 | Capabilities::MULTI_CONN,
         }
     }

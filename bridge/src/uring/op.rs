@@ -90,6 +90,6 @@ impl Op {
 }
 
 /// The part of a buffer that one call may move.
-fn bounded(part: &Range<usize>) -> Range<usize> {
+pub(super) fn bounded(part: &Range<usize>) -> Range<usize> {
     part.start..part.end.min(part.start.saturating_add(MAX_BYTES))
 }

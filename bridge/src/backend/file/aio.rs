@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use tokio::runtime::Handle;
 
 use super::AioMode;
-use crate::uring::Op;
+use crate::uring::{self, Op};
 use crate::{Error, ErrorKind, Result};
 
 /// Runs an operation to its end, and hands it back with the outcome. When the future is dropped, an operation
@@ -14,7 +14,12 @@ use crate::{Error, ErrorKind, Result};
 /// `ShuttingDown` where the runtime is ending.
 pub(super) async fn run(aio: AioMode, op: Op) -> Result<(Op, std::result::Result<usize, Errno>)> {
     let op = match aio {
-        AioMode::Threads | AioMode::Auto | AioMode::IoUring => op,
+        AioMode::Threads => op,
+        AioMode::Auto | AioMode::IoUring => match uring::submit(op) {
+            Ok(completion) => return Ok(completion.await),
+            Err(_) if aio == AioMode::IoUring => return Err(no_ring()),
+            Err(op) => op,
+        },
     };
     in_pool(move || {
         let mut op = op;
@@ -46,6 +51,11 @@ pub(super) async fn to_the_end<T: Send + 'static>(
         Ok(handle) => handle.spawn(future).await.unwrap_or_else(|_| Err(ended())),
         Err(_) => future.await,
     }
+}
+
+/// Some thread of a process that may make rings could make none.
+fn no_ring() -> Error {
+    Error::new(ErrorKind::NoMemory, "no io_uring on this worker, and --aio io_uring asks for one")
 }
 
 fn ended() -> Error {

@@ -143,15 +143,18 @@ impl Disk {
         if len == 0 || !self.fast.ranges.load(Relaxed) {
             return None;
         }
-        if self.fast.plain {
-            return self.seek_range(offset, len);
-        }
         /// cachestat counts in pages; a larger page than this only makes the count look too small.
         const PAGE: u64 = 4096;
         let pages = (offset + len).div_ceil(PAGE) - offset / PAGE;
+        let range = || Some(RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len }));
         match sys::cachestat(&*self.file, offset, len) {
+            // Asked first on tmpfs too: SEEK_HOLE reads on to the end of the file where there is no hole.
+            Ok(stat) if stat.cached >= pages && self.fast.plain => return range(),
+            Ok(_) if self.fast.plain => return self.seek_range(offset, len),
             Ok(stat) if stat.cached >= pages => {}
             Ok(_) => return None,
+            // Where nobody tells, holes of a tmpfs are sent as the zeroes they read as.
+            Err(_) if self.fast.plain => return range(),
             Err(_) => {
                 self.fast.ranges.store(false, Relaxed);
                 return None;
@@ -161,7 +164,7 @@ impl Disk {
         for place in [offset, offset + len - 1] {
             self.try_read(place, &mut byte)?.ok()?;
         }
-        Some(RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len }))
+        range()
     }
 
     fn seek_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {

@@ -13,9 +13,7 @@ pub(super) fn memory() -> tempfile::TempDir {
 
 /// A folder on the disk's file system.
 pub(super) fn disk() -> tempfile::TempDir {
-    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    std::fs::create_dir_all(&target).unwrap();
-    tempfile::tempdir_in(target).unwrap()
+    tempfile::tempdir_in("/var/tmp").unwrap()
 }
 
 /// A new image of `size` bytes.

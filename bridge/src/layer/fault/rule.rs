@@ -42,7 +42,8 @@ pub struct Rule {
     pub effect: Effect,
     /// To which operation; None for all.
     pub operation: Option<Operation>,
-    /// To requests that touch these bytes. A flush touches all.
+    /// To requests that touch these bytes. A flush has no range: a rule that has one is about flushes only
+    /// where it names the operation.
     pub range: Range<u64>,
     /// To which of those.
     pub when: When,
@@ -58,12 +59,14 @@ pub struct FaultConfig {
     pub rules: Vec<Rule>,
 }
 
+const EVERYWHERE: Range<u64> = 0..u64::MAX;
+
 const KNOWN: &str = "seed, op, offset, len, errno, error-rate, error-every, short-rate, delay-ms, delay-rate, hang-rate, hang-every";
 
 impl Rule {
     /// Every request of every operation.
     pub fn new(effect: Effect) -> Self {
-        Rule { effect, operation: None, range: 0..u64::MAX, when: When::Always }
+        Rule { effect, operation: None, range: EVERYWHERE, when: When::Always }
     }
 
     /// Only this operation.
@@ -89,9 +92,11 @@ impl Rule {
 
     /// Whether the rule is about this request at all.
     pub(super) fn matches(&self, request: &Request) -> bool {
-        let touches = request.operation == Operation::Flush
-            || (request.offset < self.range.end
-                && request.offset.saturating_add(request.len.max(1)) > self.range.start);
+        let end = request.offset.saturating_add(request.len.max(1));
+        let touches = match request.operation {
+            Operation::Flush => self.range == EVERYWHERE || self.operation == Some(Operation::Flush),
+            _ => request.offset < self.range.end && end > self.range.start,
+        };
         touches && self.operation.is_none_or(|operation| operation == request.operation)
     }
 
@@ -214,6 +219,21 @@ mod tests {
         assert_eq!(config.rules[1].when, When::Every(3));
         assert_eq!("delay-ms=1".parse::<FaultConfig>().unwrap().rules[0].when, When::Always);
         assert!("".parse::<FaultConfig>().unwrap().rules.is_empty());
+    }
+
+    #[test]
+    fn a_range_is_not_about_flushes_unless_it_says_so() {
+        let rule = Rule::new(Effect::Hang);
+        assert!(
+            rule.matches(&Request::flush()) && rule.clone().on(Operation::Flush).matches(&Request::flush())
+        );
+        let ranged = rule.within(5..10);
+        assert!(
+            !ranged.matches(&Request::flush())
+                && ranged.clone().on(Operation::Flush).matches(&Request::flush())
+        );
+        let matched = |offset, len| ranged.matches(&Request::new(Operation::Read, offset, len));
+        assert!(matched(0, 6) && matched(9, 1) && matched(5, 0) && !matched(0, 5) && !matched(10, 0));
     }
 
     #[test]

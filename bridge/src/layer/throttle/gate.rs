@@ -90,13 +90,15 @@ impl Gate {
         self.open.load(Relaxed)
     }
 
-    /// Charges a request that may go now; None where it would have to wait, or others wait before it.
+    /// Charges a request that may go now; None where it would have to wait, or others wait before it. A later
+    /// piece of a request that has gone stands in no line for operations: it goes as soon as its bytes may.
     pub(super) fn try_pass(&self, direction: Direction, bytes: u64, flags: Flags) -> Option<Pass<'_>> {
         let mut state = self.state();
-        if state.waiting[direction as usize] > 0 {
+        let continued = flags.contains(Flags::CONTINUED);
+        if state.waiting[direction as usize] > 0 && !continued {
             return None;
         }
-        let cost = state.limiter.cost(bytes, flags.contains(Flags::CONTINUED));
+        let cost = state.limiter.cost(bytes, continued);
         if !state.limiter.wait(self.started.elapsed(), direction, cost).is_zero() {
             return None;
         }
@@ -107,6 +109,9 @@ impl Gate {
     pub(super) async fn pass(&self, direction: Direction, bytes: u64, flags: Flags) {
         if self.is_open() {
             return;
+        }
+        if let Some(pass) = self.try_pass(direction, bytes, flags) {
+            return pass.use_up();
         }
         let _place = Place::take(self, direction);
         let _turn = self.turns[direction as usize].lock().await;

@@ -107,6 +107,21 @@ fn reads_and_writes_share_a_total_without_starving_each_other() {
 }
 
 #[test]
+fn a_long_line_of_reads_does_not_hold_up_a_write() {
+    paused(async {
+        let throttle = throttle("iops-total=100");
+        for _ in 0..100 {
+            let throttle = throttle.clone();
+            tokio::task::spawn_local(async move { throttle.read(0, Buffer::new(1), Flags::NONE).await });
+        }
+        tokio::task::yield_now().await;
+        let start = Instant::now();
+        write(&throttle, 1).await;
+        assert!(start.elapsed() < Duration::from_millis(40), "{:?}", start.elapsed());
+    });
+}
+
+#[test]
 fn new_limits_wake_those_who_wait() {
     paused(async {
         let throttle = throttle("iops-total=1");
@@ -129,6 +144,30 @@ fn new_limits_wake_those_who_wait() {
         let bad = ThrottleConfig { iops_size: 1, ..ThrottleConfig::default() };
         assert!(handle.set(bad).is_err());
         assert_eq!(handle.config(), ThrottleConfig::default());
+    });
+}
+
+#[test]
+fn nobody_overtakes_those_who_wait_but_later_pieces() {
+    paused(async {
+        let throttle = throttle("iops-write=10");
+        let tasks: Vec<_> = (0..5)
+            .map(|_| {
+                let throttle = throttle.clone();
+                tokio::task::spawn_local(async move { write(&throttle, 1).await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        let start = Instant::now();
+        assert!(throttle.try_write(0, &[1], Flags::CONTINUED).is_some());
+        throttle.write(0, Buffer::new(1), Flags::CONTINUED).await.unwrap();
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        // Empty buckets now, but those who wait have not been woken yet.
+        throttle.handle().set("iops-write=20".parse().unwrap()).unwrap();
+        assert!(throttle.try_write(0, &[1], Flags::NONE).is_none());
+        for task in tasks {
+            task.await.unwrap();
+        }
     });
 }
 

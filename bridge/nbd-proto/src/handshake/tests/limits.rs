@@ -109,6 +109,15 @@ fn more_data_than_allowed_is_skipped() {
     }
 }
 
+#[test]
+fn as_much_data_as_allowed_is_read() {
+    let data = ask(b"disk", &[0]);
+    let serving = Step::Transmission(serving_disk(ReplyStyle::Simple));
+    let mut one = case("just", client(3, &[option(GO, &data)]), disk(GO, DISK_FLAGS), serving);
+    one.limits.max_option_bytes = u32::try_from(data.len()).unwrap();
+    check(vec![one]);
+}
+
 /// CVE-2017-15119 (qemu): huge options. They cost no memory, and the connection stays usable.
 #[test]
 fn four_gib_of_data_are_counted_not_stored() {
