@@ -96,8 +96,12 @@ impl Server {
 
     /// Proof that it serves: a new client is let in and its read is answered.
     pub(crate) fn assert_alive(&self) {
+        self.assert_alive_at(0);
+    }
+
+    pub(crate) fn assert_alive_at(&self, offset: u64) {
         let mut client = self.client(ReplyStyle::Structured);
-        assert_eq!(client.read(0, 512).len(), 512);
+        assert_eq!(client.read(offset, 512).len(), 512);
     }
 
     pub(crate) fn id(&self) -> u32 {

@@ -71,6 +71,15 @@ impl Stream {
         sent
     }
 
+    /// Whether the server has ended this connection, found out without reading anything. Where the socket has room
+    /// it takes a byte that makes no sense.
+    pub(crate) fn refuses_bytes(&mut self) -> bool {
+        self.limit(Duration::from_millis(20));
+        let result = self.write(&[0]);
+        self.limit(LIMIT);
+        result.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock)
+    }
+
     /// Whether the server has ended this connection; what it still sent is thrown away.
     pub(crate) fn is_closed(&mut self) -> bool {
         let mut junk = [0; 4096];
