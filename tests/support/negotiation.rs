@@ -59,6 +59,19 @@ impl Negotiation {
         }
     }
 
+    /// Like `verdict`; None where the server hung up.
+    pub(crate) fn option_or_end(&mut self, option: OptionCode, data: &[u8]) -> Option<OptReply> {
+        let mut bytes = Vec::new();
+        put_option(option, data, &mut bytes);
+        self.stream.write_all(&bytes).ok()?;
+        loop {
+            let kind = self.reply()?.1;
+            if kind == OptReply::Ack || kind.is_error() {
+                return Some(kind);
+            }
+        }
+    }
+
     /// The next reply; None where the server hung up.
     pub(crate) fn reply(&mut self) -> Option<(OptionCode, OptReply, Vec<u8>)> {
         loop {

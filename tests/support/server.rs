@@ -143,9 +143,13 @@ impl Server {
     }
 
     /// Ends it in good order.
-    pub(crate) fn stop(mut self) {
+    pub(crate) fn stop(self) {
+        self.stop_within(Duration::from_secs(20));
+    }
+
+    pub(crate) fn stop_within(mut self, limit: Duration) {
         self.signal(Signal::TERM);
-        let status = self.wait(Duration::from_secs(20)).expect("it does not end");
+        let status = self.wait(limit).expect("it does not end");
         assert_eq!(status.code(), Some(0), "{}", self.log());
     }
 }
