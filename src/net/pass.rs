@@ -7,7 +7,7 @@ use std::io;
 use std::time::Instant;
 
 use bridge::{Charge, Operation};
-use nbd_proto::{NbdError, Request as WireRequest, put_done, put_error};
+use nbd_proto::{MAX_PAYLOAD_BYTES, NbdError, Request as WireRequest, put_done, put_error};
 
 use super::arena::{ARENA_BYTES, ARENA_CHARGE, Arena, HEAD_BYTES, SMALL_BYTES};
 use super::input::{Payload, Stop};
@@ -111,9 +111,14 @@ impl Reader {
         why: &str,
         arena: &mut Arena,
     ) -> io::Result<Step> {
-        let left = wire.payload_len(self.connection.style.extended());
-        if left > u64::from(u32::MAX) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a payload of more than 4 GiB"));
+        let extended = self.connection.style.extended();
+        let left = wire.payload_len(extended);
+        // The extension wants the connection dropped; compact headers cannot announce more than 4 GiB.
+        if extended && left > u64::from(MAX_PAYLOAD_BYTES) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a payload longer than the largest allowed",
+            ));
         }
         if left > 0 {
             let (cookie, offset) = (wire.cookie, wire.offset);

@@ -136,9 +136,10 @@ impl Disk {
 
     /// The start of a range as part of the file, or as a hole, where that can be sent without waiting.
     ///
-    /// On tmpfs by lseek(2), which knows. Elsewhere a hole is not looked for: lseek may read the file system's
-    /// metadata and waits for its inode lock. There cachestat(2) must find every page, and a one-byte read that may
-    /// not wait must succeed at both ends, since cachestat counts pages that are still being read, too.
+    /// cachestat(2) must find every page. On tmpfs, where it does not, lseek(2) tells data from holes. Elsewhere
+    /// lseek waits for the file's inode lock, so that it is asked only where the range begins and ends with a zero
+    /// and may be a hole whose zeroes are cached; and a one-byte read that may not wait must succeed at both ends,
+    /// since cachestat counts pages that are still being read, too.
     pub(super) fn file_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
         if len == 0 || !self.fast.ranges.load(Relaxed) {
             return None;
@@ -160,9 +161,13 @@ impl Disk {
                 return None;
             }
         }
-        let mut byte = [0];
-        for place in [offset, offset + len - 1] {
-            self.try_read(place, &mut byte)?.ok()?;
+        let mut ends = [[0], [0]];
+        for (place, byte) in [offset, offset + len - 1].into_iter().zip(&mut ends) {
+            self.try_read(place, byte)?.ok()?;
+        }
+        // A hole may be cached too, as pages of zeroes.
+        if ends == [[0], [0]] {
+            return self.seek_range(offset, len);
         }
         range()
     }
