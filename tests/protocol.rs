@@ -172,6 +172,26 @@ fn zero_lengths_do_not_disconnect() {
     }
 }
 
+/// A hole chunk is longer than a few bytes of data.
+#[test]
+fn reads_of_a_few_zero_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    std::fs::File::create(&path).unwrap().set_len(MIB).unwrap();
+    let server = Server::serve(&["mem:1M", "--export", &format!("file={}", support::text(&path))]);
+    for name in ["", "file"] {
+        for style in STYLES {
+            let mut client = server.negotiate().enter(style, name);
+            for length in 1..20 {
+                for offset in [0, 4095, MIB - length] {
+                    // bug: the worker panics for 1, 2 and 3 bytes.
+                    assert!(client.read(offset, length).iter().all(|byte| *byte == 0), "{style:?}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_largest_payload_and_one_more() {
     let mut random = Random::new(0x5eed_1002);

@@ -35,6 +35,11 @@ impl Server {
 
     /// Serves SOURCE, the first of `args`, on a Unix socket of its own; with `-p 0` among them on TCP as well.
     pub(crate) fn serve(args: &[&str]) -> Server {
+        Server::serve_by(&mut net(args), args).unwrap_or_else(|log| panic!("it did not start: {log}"))
+    }
+
+    /// The same, or what it says where it does not start.
+    pub(crate) fn try_serve(args: &[&str]) -> Result<Server, String> {
         Server::serve_by(&mut net(args), args)
     }
 
@@ -43,10 +48,10 @@ impl Server {
         let mut command = Command::new("sh");
         let script = format!("ulimit -n {files}; exec \"$0\" net \"$@\"");
         command.args(["-c", &script, PROGRAM]).args(args).stdin(Stdio::null());
-        Server::serve_by(&mut command, args)
+        Server::serve_by(&mut command, args).unwrap_or_else(|log| panic!("it did not start: {log}"))
     }
 
-    fn serve_by(command: &mut Command, args: &[&str]) -> Server {
+    fn serve_by(command: &mut Command, args: &[&str]) -> Result<Server, String> {
         let folder = tempfile::tempdir().unwrap();
         command.arg("-k").arg(folder.path().join("sock"));
         command.stderr(File::create(folder.path().join("log")).unwrap());
@@ -54,8 +59,7 @@ impl Server {
         let exports = usize::from(!args[0].starts_with('-')) + count("--export");
         let mut server = Server::start(command, exports * (1 + count("-p")));
         server.folder = Some(folder);
-        assert!(!server.lines.is_empty(), "it did not start: {}", server.log());
-        server
+        if server.lines.is_empty() { Err(server.log()) } else { Ok(server) }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
