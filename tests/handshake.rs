@@ -278,11 +278,14 @@ fn metadata_contexts() {
     assert_eq!(negotiation.go(ReplyStyle::Structured, "one").read(0, 512), [0; 512]);
 }
 
+/// Something that a client does after its selection.
+type Deed = &'static dyn Fn(&mut Negotiation);
+
 /// The ways in which a selection that was made does not hold.
 #[test]
 fn contexts_that_are_void() {
     let server = several();
-    let forget: [(&str, &dyn Fn(&mut Negotiation)); 4] = [
+    let forget: [(&str, Deed); 4] = [
         ("two", &|_| {}),
         ("one", &|n| drop(n.option(OptionCode::SetMetaContext, &meta_data("one", &[])))),
         ("one", &|n| drop(n.option(OptionCode::SetMetaContext, &meta_data("nobody", &["base:allocation"])))),

@@ -215,7 +215,7 @@ fn nbdinfo_tells_what_we_tell() {
             assert!(told.contains(word), "{word}: {told}");
         }
         assert_eq!(run("nbdinfo", &["--size", &uri]).trim(), SIZE.to_string());
-        for question in ["cache", "df", "fast", "flush", "fua", "multi-conn", "trim", "zero"] {
+        for question in ["cache", "df", "fast-zero", "flush", "fua", "multi-conn", "trim", "zero"] {
             run("nbdinfo", &["--can", question, &uri]);
         }
         let read_only = try_run("nbdinfo", &["--is", "read-only", &uri]);
