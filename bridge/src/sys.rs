@@ -69,6 +69,13 @@ pub(crate) fn cachestat(fd: impl AsFd, offset: u64, len: u64) -> Result<CacheSta
     Ok(stat)
 }
 
+/// The size of this machine's pages in bytes.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: no memory is passed.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+}
+
 /// Size of a block device in bytes (`BLKGETSIZE64`, linux/fs.h).
 pub(crate) fn device_size(fd: impl AsFd) -> Result<u64, Errno> {
     /// `_IOR(0x12, 114, size_t)`, in which the kernel stores a u64.
@@ -163,4 +170,21 @@ pub(crate) fn deny_io_uring_on_this_thread() -> std::io::Result<()> {
     let installed =
         unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
     if privileges == 0 && installed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Gives up root on the calling thread alone.
+#[cfg(test)]
+pub(crate) fn become_nobody_on_this_thread() -> std::io::Result<()> {
+    const NOBODY: libc::uid_t = 65534;
+    // SAFETY: no memory is passed. The system call, unlike the function of the C library, is about one thread.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Gives the calling thread, and the processes it starts, mounts of its own.
+#[cfg(test)]
+pub(crate) fn own_mounts_on_this_thread() -> std::io::Result<()> {
+    // SAFETY: no memory is passed, and with CLONE_FS the thread shares no file system state with others.
+    let result = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

@@ -24,7 +24,7 @@ mod tests;
 mod zero;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::{
@@ -114,7 +114,8 @@ pub struct FileBackend {
 }
 
 impl FileBackend {
-    /// Opens an image file or a block device.
+    /// Opens an image file or a block device. It may wait for storage, as every open may. The slow path needs a
+    /// tokio runtime with its I/O driver enabled, as workers have.
     ///
     /// # Errors
     /// One line for a person, see [`OpenError`].
@@ -124,9 +125,14 @@ impl FileBackend {
     }
 }
 
+impl std::fmt::Debug for FileBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileBackend").field("file", &self.disk.file).finish_non_exhaustive()
+    }
+}
+
 /// What the operations of an open file share.
 struct Disk {
-    path: PathBuf,
     options: FileOptions,
     /// The descriptor of all I/O. It holds the image locks.
     file: Arc<File>,

@@ -138,10 +138,10 @@ fn the_end_of_a_runtime_waits_for_the_kernel_and_the_next_one_has_its_own_ring()
     }
     let (reader, mut writer) = pipe();
     let first = runtime();
-    let pending = first.block_on(async {
-        let pending = start(read(&reader, 8, 0));
+    let mut pending = None;
+    first.block_on(async {
+        pending = Some(start(read(&reader, 8, 0)));
         settle().await;
-        pending
     });
     let late = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(30));
@@ -150,7 +150,7 @@ fn the_end_of_a_runtime_waits_for_the_kernel_and_the_next_one_has_its_own_ring()
     drop(first);
     late.join().unwrap();
     // The outcome can still be had elsewhere.
-    let (op, outcome) = block_on(pending);
+    let (op, outcome) = block_on(pending.unwrap());
     assert_eq!((outcome, &op.into_buffer().unwrap()[..]), (Ok(8), b"too late".as_slice()));
     let file = numbered(1);
     assert_eq!(block_on(async { start(read(&file, 4096, 0)).await.1 }), Ok(4096));

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 use tokio::runtime::Handle;
 
-use super::AioMode;
+use super::{AioMode, Disk, Kind};
 use crate::uring::{self, Op};
 use crate::{Error, ErrorKind, Result};
 
@@ -27,6 +27,17 @@ pub(super) async fn run(aio: AioMode, op: Op) -> Result<(Op, std::result::Result
         (op, outcome)
     })
     .await
+}
+
+impl Disk {
+    /// Runs a read or write. On tmpfs right here: it waits for nothing, and io_uring would hand it to a thread.
+    pub(super) async fn transfer(&self, mut op: Op) -> Result<(Op, std::result::Result<usize, Errno>)> {
+        if self.kind == Kind::Memory {
+            let outcome = op.run();
+            return Ok((op, outcome));
+        }
+        run(self.options.aio, op).await
+    }
 }
 
 /// Runs a function on the pool of this worker. Outside of any runtime it runs right here.

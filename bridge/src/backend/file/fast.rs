@@ -6,15 +6,15 @@
 //! | | reads | writes |
 //! |---|---|---|
 //! | tmpfs, ramfs | plain: nothing to wait for | plain, any size |
-//! | xfs, btrfs | RWF_NOWAIT | RWF_NOWAIT |
+//! | xfs, btrfs | RWF_NOWAIT | RWF_NOWAIT; once in a clock tick plain, for the time of change |
 //! | ext4, block devices | RWF_NOWAIT | EOPNOTSUPP: plain, up to 64 KiB, while they are quick |
 //! | no RWF_NOWAIT reads (FUSE, some network file systems) | declined | as above |
 //!
-//! A plain write may still wait, for the inode's lock or for dirty pages to be written. One that took over a
-//! millisecond sends the writes of this file to the slow path for a tenth of a second.
+//! A plain write of part of a page that is not in memory would read it first: it is declined. It may still wait, for
+//! the inode's lock or for dirty pages to be written. One that took over a millisecond sends the writes of this
+//! file to the slow path for a tenth of a second.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,9 @@ const INLINE_WRITE: usize = 64 << 10;
 /// A plain write that took longer than this was not quick.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
 
+/// The shortest tick of the kernel's clock (CONFIG_HZ=1000), in nanoseconds.
+const TICK_NS: u64 = 1_000_000;
+
 /// For how long writes keep off the fast path then.
 const KEEP_OFF: Duration = Duration::from_millis(100);
 
@@ -44,12 +47,16 @@ const MAX_SEEKS: u32 = 16;
 pub(super) struct Fast {
     /// Plain calls do not wait (tmpfs).
     plain: bool,
+    /// In bytes.
+    page: u64,
     reads: AtomicBool,
     writes: AtomicBool,
     nowait_writes: AtomicBool,
     ranges: AtomicBool,
     /// Until when writes keep off, in nanoseconds after `epoch`.
     keep_off_until: AtomicU64,
+    /// When the last plain write was made, likewise; 0 before the first.
+    plain_write_at: AtomicU64,
     epoch: Instant,
 }
 
@@ -58,17 +65,44 @@ impl Fast {
         let plain = kind == Kind::Memory;
         Fast {
             plain,
+            page: sys::page_size(),
             reads: AtomicBool::new(!direct),
             writes: AtomicBool::new(plain || !(direct || options.cache.every_write_durable())),
             nowait_writes: AtomicBool::new(true),
             ranges: AtomicBool::new(!direct && !matches!(kind, Kind::Device(_))),
             keep_off_until: AtomicU64::new(0),
+            plain_write_at: AtomicU64::new(0),
             epoch: Instant::now(),
         }
     }
 
     fn now(&self) -> u64 {
         u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a write may have been refused only because the file's time of change is due: the kernel does not set
+    /// it in a write that may not wait. A plain write sets it, for the rest of the clock's tick.
+    fn time_may_be_due(&self) -> bool {
+        let last = self.plain_write_at.load(Relaxed);
+        last == 0 || self.now().saturating_sub(last) > TICK_NS
+    }
+
+    /// Keeps writes off from this moment, see [`Fast::now`].
+    #[cold]
+    fn keep_off(&self, now: u64) {
+        let until = now.saturating_add(u64::try_from(KEEP_OFF.as_nanos()).unwrap_or(u64::MAX));
+        self.keep_off_until.store(until, Relaxed);
+        tracing::debug!("a write was slow: writes keep off the fast path");
+    }
+
+    #[cfg(test)]
+    pub(super) fn keep_off_now(&self) {
+        self.keep_off(self.now());
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_nowait_writes(&self) -> bool {
+        self.nowait_writes.load(Relaxed)
     }
 }
 
@@ -112,67 +146,60 @@ impl Disk {
             match retry_on_intr(write) {
                 Ok(count) if count == data.len() => return Some(Ok(())),
                 // A part was stored: the slow path stores it again with the rest.
-                Ok(_) | Err(Errno::AGAIN) => return None,
+                Ok(_) => return None,
+                Err(Errno::AGAIN) if !self.fast.time_may_be_due() => return None,
+                Err(Errno::AGAIN) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                     self.fast.nowait_writes.store(false, Relaxed);
                 }
                 Err(errno) => return Some(Err(Error::from_errno(errno, "write"))),
             }
         }
-        if data.len() > INLINE_WRITE {
-            return None;
-        }
         let begun = self.fast.now();
-        if begun < self.fast.keep_off_until.load(Relaxed) {
+        if data.len() > INLINE_WRITE
+            || begun < self.fast.keep_off_until.load(Relaxed)
+            || !self.edges_in_memory(offset, data.len() as u64)
+        {
             return None;
         }
         let result = self.write_plain(offset, data);
         let ended = self.fast.now();
+        self.fast.plain_write_at.store(ended, Relaxed);
         if u128::from(ended - begun) > SLOW_WRITE.as_nanos() {
-            self.keep_off(ended);
+            self.fast.keep_off(ended);
         }
         Some(result)
     }
 
     /// The start of a range as part of the file, or as a hole, where that can be sent without waiting.
     ///
-    /// cachestat(2) must find every page. On tmpfs, where it does not, lseek(2) tells data from holes. Elsewhere
-    /// lseek waits for the file's inode lock, so that it is asked only where the range begins and ends with a zero
-    /// and may be a hole whose zeroes are cached; and a one-byte read that may not wait must succeed at both ends,
-    /// since cachestat counts pages that are still being read, too.
+    /// Not by lseek(2) alone: on storage it may read the file system's metadata and waits for the inode's lock; on
+    /// tmpfs it looks at every page up to the next hole, however far that is.
     pub(super) fn file_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
         if len == 0 || !self.fast.ranges.load(Relaxed) {
             return None;
         }
-        /// cachestat counts in pages; a larger page than this only makes the count look too small.
-        const PAGE: u64 = 4096;
-        let pages = (offset + len).div_ceil(PAGE) - offset / PAGE;
-        let range = || Some(RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len }));
+        if self.fast.plain { self.range_in_memory(offset, len) } else { self.range_in_cache(offset, len) }
+    }
+
+    /// On storage: cachestat(2) must find every page, and a one-byte read that may not wait must succeed at both
+    /// ends, since cachestat counts pages that are still being read, too. Holes are not looked for.
+    fn range_in_cache(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
         match sys::cachestat(&*self.file, offset, len) {
-            // Asked first on tmpfs too: SEEK_HOLE reads on to the end of the file where there is no hole.
-            Ok(stat) if stat.cached >= pages && self.fast.plain => return range(),
-            Ok(_) if self.fast.plain => return self.seek_range(offset, len),
-            Ok(stat) if stat.cached >= pages => {}
+            Ok(stat) if stat.cached >= self.pages(offset, len) => {}
             Ok(_) => return None,
-            // Where nobody tells, holes of a tmpfs are sent as the zeroes they read as.
-            Err(_) if self.fast.plain => return range(),
             Err(_) => {
                 self.fast.ranges.store(false, Relaxed);
                 return None;
             }
         }
-        let mut ends = [[0], [0]];
-        for (place, byte) in [offset, offset + len - 1].into_iter().zip(&mut ends) {
-            self.try_read(place, byte)?.ok()?;
-        }
-        // A hole may be cached too, as pages of zeroes.
-        if ends == [[0], [0]] {
-            return self.seek_range(offset, len);
-        }
-        range()
+        let both = self.in_memory(offset) && self.in_memory(offset + len - 1);
+        both.then(|| self.range(offset, len))
     }
 
-    fn seek_range(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
+    /// On tmpfs nothing waits, and holes can be sent like data. Where cachestat(2) shows that there are some, they
+    /// are looked for: the search ends within the range.
+    fn range_in_memory(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
         let end = offset + len;
         let seek = |from| match rustix::fs::seek(&*self.file, from) {
             Ok(place) => Some(place.clamp(offset, end)),
@@ -183,20 +210,43 @@ impl Disk {
         if data > offset {
             return Some(RangeOrHole::Hole(data - offset));
         }
-        let mut hole = seek(SeekFrom::Hole(offset))?;
+        // Pages that were swapped out are missing too, but are no holes.
+        let holes = |stat: sys::CacheStat| stat.cached < self.pages(offset, len) && stat.evicted == 0;
+        if !sys::cachestat(&*self.file, offset, len).is_ok_and(holes) {
+            return Some(self.range(offset, len));
+        }
+        let mut hole = offset;
         for _ in 0..MAX_SEEKS / 2 {
-            if hole >= end {
+            hole = seek(SeekFrom::Hole(hole))?;
+            let next = if hole < end { seek(SeekFrom::Data(hole))? } else { end };
+            if hole >= end || next >= hole.saturating_add(MIN_HOLE) {
                 break;
             }
-            let next = seek(SeekFrom::Data(hole))?;
-            if next >= hole.saturating_add(MIN_HOLE) {
-                break;
-            }
-            hole = if next < end { seek(SeekFrom::Hole(next))?.max(next + 1) } else { end };
+            hole = next;
         }
         // The file may change while it is looked at.
-        let len = NonZeroU64::new(hole.min(end).checked_sub(offset)?)?.get();
-        Some(RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len }))
+        (hole > offset).then(|| self.range(offset, hole - offset))
+    }
+
+    fn range(&self, offset: u64, len: u64) -> RangeOrHole {
+        RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len })
+    }
+
+    fn pages(&self, offset: u64, len: u64) -> u64 {
+        (offset + len).div_ceil(self.fast.page) - offset / self.fast.page
+    }
+
+    /// Whether the first and last page of a range are in memory, where they are no whole pages. What is past the
+    /// end of the file needs no reading.
+    fn edges_in_memory(&self, offset: u64, len: u64) -> bool {
+        let end = offset + len;
+        (offset.is_multiple_of(self.fast.page) || self.in_memory(offset))
+            && (end.is_multiple_of(self.fast.page) || end == self.geometry.size || self.in_memory(end - 1))
+    }
+
+    /// Whether a byte can be read without waiting.
+    fn in_memory(&self, place: u64) -> bool {
+        matches!(self.try_read(place, &mut [0]), Some(Ok(())))
     }
 
     fn read_plain(&self, mut offset: u64, mut buf: &mut [u8]) -> Result<()> {
@@ -227,12 +277,5 @@ impl Disk {
             }
         }
         Ok(())
-    }
-
-    #[cold]
-    fn keep_off(&self, now: u64) {
-        let until = now.saturating_add(u64::try_from(KEEP_OFF.as_nanos()).unwrap_or(u64::MAX));
-        self.fast.keep_off_until.store(until, Relaxed);
-        tracing::debug!(path = %self.path.display(), "a write was slow: writes keep off the fast path");
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! A sync runs as a task of its own, so that its outcome is heard even where nobody waits for it any more.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -42,6 +43,8 @@ pub(super) fn may_have_lost_data(errno: Errno) -> bool {
 
 /// See the module's words.
 pub(super) struct FlushGate {
+    /// For the log.
+    path: PathBuf,
     state: Mutex<State>,
     changed: Notify,
     no_dsync: AtomicBool,
@@ -56,8 +59,9 @@ struct State {
 }
 
 impl FlushGate {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(path: &Path) -> Arc<Self> {
         Arc::new(FlushGate {
+            path: path.to_owned(),
             state: Mutex::default(),
             changed: Notify::new(),
             no_dsync: AtomicBool::new(false),
@@ -113,7 +117,7 @@ impl FlushGate {
     pub(super) fn fail(&self, errno: Errno) {
         let mut state = self.lock();
         if state.failed.is_none() {
-            tracing::error!(%errno, "a sync failed: flushes and durable writes answer EIO from now on");
+            tracing::error!(path = %self.path.display(), %errno, "a sync failed: flushes and durable writes answer EIO from now on");
             state.failed = Some(errno);
         }
     }
@@ -194,7 +198,7 @@ mod tests {
 
     impl Bench {
         fn new() -> Self {
-            Bench { gate: FlushGate::new(), begun: Rc::default() }
+            Bench { gate: FlushGate::new(Path::new("test")), begun: Rc::default() }
         }
 
         fn flush(&self) -> tokio::task::JoinHandle<Result<()>> {
@@ -320,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_sync_that_is_lost_with_its_runtime_counts_as_failed() {
-        let gate = FlushGate::new();
+        let gate = FlushGate::new(Path::new("test"));
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let mut flush = Box::pin(gate.flush(std::future::pending::<std::result::Result<(), Errno>>));

@@ -61,7 +61,6 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
     }
     let geometry = geometry(path, &file, kind, options, direct)?;
     Ok(Disk {
-        path: path.to_owned(),
         options: options.clone(),
         fast: Fast::new(kind, options, direct.is_some()),
         ranges: RangeLocks::new(u64::from(geometry.preferred_block)),
@@ -70,7 +69,7 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
         kind,
         geometry,
         direct,
-        gate: FlushGate::new(),
+        gate: FlushGate::new(path),
         refused: Refused::default(),
     })
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::aio::{run, to_the_end};
+use super::aio::to_the_end;
 use super::{Disk, flush};
 use crate::uring::{Call, Op};
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
@@ -69,7 +69,7 @@ impl Disk {
     ) -> Result<Buffer> {
         while !part.is_empty() {
             let call = Call::Read { buf, part: part.clone(), offset };
-            let (op, outcome) = run(self.options.aio, Op { file: file.clone(), call }).await?;
+            let (op, outcome) = self.transfer(Op { file: file.clone(), call }).await?;
             buf = take_buffer(op)?;
             match outcome {
                 Ok(0) => return Err(shrunken()),
@@ -94,7 +94,7 @@ impl Disk {
         let mut dsync = durable && self.gate.dsync();
         while !part.is_empty() {
             let call = Call::Write { buf, part: part.clone(), offset, durable: dsync };
-            let (op, outcome) = run(self.options.aio, Op { file: file.clone(), call }).await?;
+            let (op, outcome) = self.transfer(Op { file: file.clone(), call }).await?;
             buf = take_buffer(op)?;
             match outcome {
                 Ok(0) => return Err(Error::new(ErrorKind::Io, "a write stored nothing")),

@@ -1,4 +1,6 @@
 //! Block status by lseek(2), and reading ahead.
+//!
+//! What lseek calls a hole reads as zeroes; it may have its space all the same (unwritten extents).
 
 use std::fs::File;
 use std::num::NonZeroU64;

@@ -203,4 +203,14 @@ impl Refused {
     fn add(&self, way: Way) {
         self.0.fetch_or(way as u8, Relaxed);
     }
+
+    #[cfg(test)]
+    pub(super) fn bits(&self) -> u8 {
+        self.0.load(Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(super) fn refuse_all(&self) {
+        self.0.store(u8::MAX, Relaxed);
+    }
 }

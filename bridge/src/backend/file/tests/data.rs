@@ -5,14 +5,6 @@ use crate::ExtentKind;
 
 const MODES: [AioMode; 2] = [AioMode::Auto, AioMode::Threads];
 
-async fn store(backend: &FileBackend, offset: u64, bytes: &[u8]) {
-    backend.write(offset, Buffer::copy_of(bytes), Flags::NONE).await.unwrap();
-}
-
-async fn load(backend: &FileBackend, offset: u64, len: usize) -> Vec<u8> {
-    backend.read(offset, Buffer::new(len), Flags::NONE).await.unwrap().to_vec()
-}
-
 #[test]
 fn both_paths_see_each_other_on_every_file_system() {
     for folder in [memory(), disk()] {
@@ -23,11 +15,13 @@ fn both_paths_see_each_other_on_every_file_system() {
             assert_eq!(backend.geometry().size, 1_000_003);
             block_on(async {
                 let data: Vec<u8> = (0..=u8::MAX).cycle().take(70_001).collect();
-                store(&backend, 929_999, &data).await;
+                store(&backend, 929_999, &data, Flags::NONE).await.unwrap();
                 let mut fast = vec![0; data.len()];
                 backend.try_read(929_999, &mut fast, Flags::NONE).unwrap().unwrap();
                 assert!(fast == data, "in the cache after a write");
-                backend.try_write(7, &data[..30_000], Flags::NONE).unwrap().unwrap();
+                if backend.try_write(7, &data[..30_000], Flags::NONE).is_none() {
+                    store(&backend, 7, &data[..30_000], Flags::NONE).await.unwrap();
+                }
                 assert!(load(&backend, 7, 30_000).await == data[..30_000]);
                 assert_eq!(load(&backend, 0, 7).await, [0; 7]);
                 backend.flush().await.unwrap();
@@ -36,4 +30,168 @@ fn both_paths_see_each_other_on_every_file_system() {
             });
         }
     }
+}
+
+#[test]
+fn every_cache_mode_stores_and_flushes() {
+    for folder in [memory(), disk()] {
+        let path = image(&folder, 100_000);
+        for cache in [
+            CacheMode::Writeback,
+            CacheMode::None,
+            CacheMode::DirectSync,
+            CacheMode::WriteThrough,
+            CacheMode::Unsafe,
+        ] {
+            for aio in MODES {
+                let backend = open(&path, &FileOptions { cache, aio, ..FileOptions::default() });
+                block_on(async {
+                    for (n, flags) in [Flags::NONE, Flags::FUA].into_iter().enumerate() {
+                        let data = pattern(5000 + n);
+                        store(&backend, 3000, &data, flags).await.unwrap();
+                        assert!(load(&backend, 3000, data.len()).await == data);
+                        backend.flush().await.unwrap();
+                    }
+                    store(&backend, 7, &[], Flags::FUA).await.unwrap();
+                    assert!(load(&backend, 100_000, 0).await.is_empty());
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thousand_requests_in_flight_and_some_that_nobody_waits_for() {
+    for aio in MODES {
+        let folder = disk();
+        let path = image(&folder, 1000 * 4096);
+        let backend = std::rc::Rc::new(open(&path, &FileOptions { aio, ..FileOptions::default() }));
+        block_on(async {
+            let run = |index: u16| {
+                let backend = backend.clone();
+                tokio::task::spawn_local(async move {
+                    let place = u64::from(index) * 4096;
+                    let data = index.to_le_bytes().repeat(2048);
+                    store(&backend, place, &data, Flags::NONE).await.unwrap();
+                    assert!(load(&backend, place, 4096).await == data);
+                })
+            };
+            let tasks: Vec<_> = (0..1000).map(run).collect();
+            for (n, task) in tasks.into_iter().enumerate() {
+                if n % 7 == 3 {
+                    task.abort();
+                } else {
+                    task.await.unwrap();
+                }
+            }
+            // Reads that are dropped at each stage.
+            for turns in 0..20 {
+                let mut read = backend.read(4096, Buffer::new(4096), Flags::NONE);
+                for _ in 0..turns {
+                    let poll =
+                        std::future::poll_fn(|context| std::task::Poll::Ready(read.as_mut().poll(context)));
+                    if poll.await.is_ready() {
+                        break;
+                    }
+                    tokio::task::yield_now().await;
+                }
+            }
+            backend.flush().await.unwrap();
+            assert_eq!(load(&backend, 999 * 4096, 2).await, 999_u16.to_le_bytes());
+        });
+        assert_eq!(Arc::strong_count(&backend.disk.file), 1, "nothing holds the file any more");
+    }
+}
+
+#[test]
+fn without_io_uring_threads_do_the_work() {
+    let folder = disk();
+    let path = image(&folder, 1 << 20);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            crate::sys::deny_io_uring_on_this_thread().unwrap();
+            let backend = open(&path, &FileOptions::default());
+            block_on(async {
+                store(&backend, 4000, &pattern(10_000), Flags::FUA).await.unwrap();
+                assert!(load(&backend, 4000, 10_000).await == pattern(10_000));
+                backend.flush().await.unwrap();
+            });
+        });
+    });
+}
+
+#[test]
+fn after_a_failed_sync_flushes_and_durable_writes_fail_and_others_do_not() {
+    let folder = disk();
+    let path = image(&folder, 1 << 20);
+    let backend = open(&path, &FileOptions::default());
+    block_on(async {
+        backend.disk.gate.fail(rustix::io::Errno::IO);
+        for error in [
+            backend.flush().await.unwrap_err(),
+            store(&backend, 0, &[1; 512], Flags::FUA).await.unwrap_err(),
+            backend.trim(0, 4096, Flags::FUA).await.unwrap_err(),
+            backend.write_zeroes(0, 4096, Flags::FUA).await.unwrap_err(),
+        ] {
+            assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(libc::EIO)));
+        }
+        store(&backend, 0, &[1; 512], Flags::NONE).await.unwrap();
+        assert_eq!(load(&backend, 0, 512).await, [1; 512]);
+    });
+    drop(backend);
+    let backend = open(&path, &FileOptions::default());
+    block_on(async { backend.flush().await.unwrap() });
+}
+
+#[test]
+fn a_device_that_loses_writes_fails_the_flush_and_all_later_ones() {
+    let folder = memory();
+    let place = folder.path().to_str().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A device of 8 MiB over a file system of one.
+            if !mount(&["-t", "tmpfs", "-o", "size=1m", "none", place]) {
+                return;
+            }
+            let path = image(&folder, 8 << 20);
+            let Some(device) = Loop::over(&path, &[]) else { return };
+            let backend = open(device.path(), &FileOptions::default());
+            block_on(async {
+                store(&backend, 0, &pattern(4 << 20), Flags::NONE).await.unwrap();
+                for _ in 0..2 {
+                    assert_eq!(backend.flush().await.unwrap_err().errno(), Some(libc::EIO));
+                }
+                assert!(store(&backend, 0, &pattern(512), Flags::FUA).await.is_err());
+            });
+            drop(backend);
+            let backend = open(device.path(), &FileOptions::default());
+            block_on(async {
+                backend.flush().await.unwrap();
+                // Now by a durable write, which hears of it first.
+                assert!(store(&backend, 4 << 20, &pattern(2 << 20), Flags::FUA).await.is_err());
+                println!("a durable write latches: {}", backend.flush().await.is_err());
+            });
+        });
+    });
+}
+
+#[test]
+fn flushes_of_several_workers_share_their_syncs() {
+    let folder = disk();
+    let path = image(&folder, 1 << 20);
+    let backend = open(&path, &FileOptions::default());
+    std::thread::scope(|scope| {
+        for worker in 0..4_u64 {
+            let backend = &backend;
+            scope.spawn(move || {
+                block_on(async {
+                    for n in 0..20 {
+                        let place = worker * 65536 + n * 512;
+                        store(backend, place, &pattern(512), Flags::NONE).await.unwrap();
+                        backend.flush().await.unwrap();
+                    }
+                });
+            });
+        }
+    });
 }
