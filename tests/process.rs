@@ -4,70 +4,17 @@
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, getsid, kill_process, test_kill_process};
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_nbdbridge");
-
-/// A server that is told to stop when the test is over, however that ends.
-struct Server {
-    child: Child,
-    lines: Vec<String>,
-}
-
-impl Server {
-    /// Starts it, and waits for this many lines.
-    fn start(command: &mut Command, lines: usize) -> Server {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        let lines = stdout.lines().take(lines).map(Result::unwrap).collect();
-        Server { child, lines }
-    }
-
-    fn stop(mut self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-        assert_eq!(self.child.wait().unwrap().code(), Some(0));
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn net(args: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
-    command.arg("net").args(args).env_remove("NBDBRIDGE_LOG").stdin(Stdio::null());
-    command
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(10), "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn one_line(output: &Output) -> String {
-    let text = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(text.lines().count(), 1, "{text}");
-    text
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
+use support::{PROGRAM, Server, eventually, net, one_line, text};
 
 #[test]
 fn it_says_where_and_leaves_nothing_behind() {
