@@ -151,6 +151,8 @@ async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negot
                 "the client hung up during the handshake",
             ));
         }
+        // A client that never stops sending must not hold the worker, nor outlive the limit.
+        tokio::task::yield_now().await;
         let mut input = &buf[..received];
         loop {
             let (used, step) = handshake.advance(input, &shared.exports, &mut out);
