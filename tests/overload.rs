@@ -103,6 +103,28 @@ fn sixteen_that_trickle_large_writes_do_not_stop_a_seventeenth() {
     }
 }
 
+/// Reads that storage answers at once are work all the same, and others get their turn between them.
+#[test]
+fn large_reads_do_not_starve_others() {
+    for source in ["mem:1G", "null:1G"] {
+        let server = Server::serve(&[source, "--workers", "1"]);
+        let mut other = server.client(ReplyStyle::Structured);
+        let mut greedy = server.client(ReplyStyle::Structured);
+        for n in 0..128 {
+            greedy.ask(Command::Read, NO_FLAGS, n % 16, 32 * MIB);
+        }
+        for _ in 0..3 {
+            let start = Instant::now();
+            other.read(0, 512);
+            assert!(
+                start.elapsed() < Duration::from_secs(3),
+                "{source}: {:?} for 512 bytes",
+                start.elapsed()
+            );
+        }
+    }
+}
+
 /// The whole budget waits for clients who do not read; a new one is let in all the same, and served.
 #[test]
 fn greedy_clients_do_not_keep_new_ones_out() {
