@@ -1,5 +1,6 @@
 //! `nbdbridge`: a userspace block bridge. This file only hands the command line's wish to whom it concerns.
 
+mod allocator;
 mod assemble;
 mod cli;
 mod daemon;
@@ -16,6 +17,7 @@ use anyhow::Result;
 use cli::Action;
 
 fn main() -> ExitCode {
+    allocator::keep_little();
     let action = match cli::parse(std::env::args_os()) {
         Ok(action) => action,
         Err(status) => return status,

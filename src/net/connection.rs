@@ -12,6 +12,8 @@ use std::task::{Context, Poll, Waker};
 use bridge::{Account, Charge, Export, FileRange};
 use nbd_proto::{Negotiated, ReplyStyle, TransmissionFlags};
 
+use tokio::sync::Notify;
+
 use super::arena::Arena;
 use super::output::{Body, Output, Segment, Sent};
 use super::server::Settings;
@@ -36,6 +38,10 @@ pub(super) struct Connection {
     draining: Cell<bool>,
     reader: Cell<Option<Waker>>,
     writer: Cell<Option<Waker>>,
+    /// Told when the queue has been sent, or the connection is closed.
+    sent: Notify,
+    /// Held by whoever has a stream open.
+    pub(super) streaming: tokio::sync::Mutex<()>,
 }
 
 impl Connection {
@@ -64,6 +70,8 @@ impl Connection {
             draining: Cell::new(false),
             reader: Cell::new(None),
             writer: Cell::new(None),
+            sent: Notify::new(),
+            streaming: tokio::sync::Mutex::new(()),
         })
     }
 
@@ -97,6 +105,21 @@ impl Connection {
         }
         self.output.borrow_mut().push(Segment { head, body, answers, _charge: charge });
         self.wake_writer();
+    }
+
+    /// Queues a part of the stream that the caller holds the lock for, and waits until it is sent.
+    pub(super) async fn push_stream(&self, head: Vec<u8>, body: Body, last: bool) {
+        let answers = u32::from(last);
+        if self.closed.get() {
+            self.end(answers);
+            return;
+        }
+        let segment = Segment { head, body, answers, _charge: Charge::default() };
+        self.output.borrow_mut().push_stream(segment, last);
+        self.wake_writer();
+        while !last && !self.closed.get() && self.output.borrow().has_next() {
+            self.sent.notified().await;
+        }
     }
 
     /// Queues part of a file, whose head the arena has just sent. The caller sends the queue or wakes the writer.
@@ -150,8 +173,9 @@ impl Connection {
         let result = self.output.borrow_mut().send(&self.socket, &mut answered);
         self.end(answered);
         if matches!(result, Ok(Sent::All)) {
-            // It may have waited for just that, even where no answer has ended.
+            // They may have waited for just that, even where no answer has ended.
             self.wake_reader();
+            self.sent.notify_waiters();
         }
         result
     }
@@ -169,6 +193,7 @@ impl Connection {
             self.end(lost);
             self.wake_reader();
             self.wake_writer();
+            self.sent.notify_waiters();
         }
     }
 
@@ -206,7 +231,7 @@ impl Connection {
 
     /// Waits on the writer's behalf until something is queued, or the connection is closed.
     pub(super) async fn writer_wait(&self) {
-        wait(&self.writer, |_| ready_if(self.closed.get() || !self.output_is_empty())).await;
+        wait(&self.writer, |_| ready_if(self.closed.get() || self.output.borrow().has_next())).await;
     }
 }
 

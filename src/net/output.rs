@@ -1,4 +1,7 @@
 //! Answers that wait for the socket: a queue of segments, each sent whole before the next begins.
+//!
+//! A stream is one answer in several segments that nothing may come between: while one is open, all else waits in
+//! a second queue.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -67,6 +70,9 @@ pub(super) enum Sent {
 #[derive(Default)]
 pub(super) struct Output {
     queue: VecDeque<Segment>,
+    /// What waits for the open stream to end.
+    behind_stream: VecDeque<Segment>,
+    streaming: bool,
     /// Bytes of the first segment that are out already.
     sent: usize,
     /// Bytes in the queue that are held in memory, sent or not.
@@ -76,8 +82,14 @@ pub(super) struct Output {
 }
 
 impl Output {
+    /// Whether whoever sends now would come between nothing.
     pub(super) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.queue.is_empty() && !self.streaming
+    }
+
+    /// Whether there is something to send.
+    pub(super) fn has_next(&self) -> bool {
+        !self.queue.is_empty()
     }
 
     /// Bytes of memory that wait here.
@@ -92,13 +104,25 @@ impl Output {
 
     pub(super) fn push(&mut self, segment: Segment) {
         self.held += held_by(&segment);
+        if self.streaming { &mut self.behind_stream } else { &mut self.queue }.push_back(segment);
+    }
+
+    /// Queues a part of a stream, which the first part opens and the last one closes.
+    pub(super) fn push_stream(&mut self, segment: Segment, last: bool) {
+        self.held += held_by(&segment);
         self.queue.push_back(segment);
+        self.streaming = !last;
+        if last {
+            self.queue.append(&mut self.behind_stream);
+        }
     }
 
     /// Forgets everything; returns how many answers are lost with it.
     pub(super) fn clear(&mut self) -> u32 {
         self.sent = 0;
         self.held = 0;
+        self.streaming = false;
+        self.queue.append(&mut self.behind_stream);
         self.queue.drain(..).map(|segment| segment.answers).sum()
     }
 

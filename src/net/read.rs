@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Instant;
 
+use bridge::admission::RESERVE_BYTES;
 use bridge::{Charge, Data, Flags, RangeOrHole, Request};
 use nbd_proto::{
     ChunkHeader, ChunkType, CommandFlags, REPLY_FLAG_DONE, ReplyStyle, Request as WireRequest,
@@ -79,7 +80,13 @@ impl Reader {
         let small = wanted.min(SMALL_PIECE_BYTES);
         let (charge, piece) = match self.permit(wanted + OVERHEAD_BYTES) {
             Some(charge) => (charge, wanted),
-            None if whole => return Step::Stop(Stop::Charge(wanted + OVERHEAD_BYTES)),
+            None if whole && wanted > small => match self.permit(RESERVE_BYTES) {
+                Some(charge) => {
+                    slow::read_stream(self.owe(wire), request, charge, arrived);
+                    return Step::Used(0);
+                }
+                None => return Step::Stop(Stop::Charge(RESERVE_BYTES)),
+            },
             None => match self.permit(small + OVERHEAD_BYTES) {
                 Some(charge) => (charge, small),
                 None => return Step::Stop(Stop::Charge(small + OVERHEAD_BYTES)),

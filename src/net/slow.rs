@@ -139,6 +139,56 @@ pub(super) fn read(
     });
 }
 
+/// Reads what must be answered in one chunk or as plain data, in pieces that a reserve covers, when memory is short.
+/// After the head is out, a failure can only be told by closing the connection.
+pub(super) fn read_stream(answer: Answer, mut request: Request, charge: Charge, arrived: Instant) {
+    tokio::task::spawn_local(async move {
+        let connection = answer.connection.clone();
+        let _alone = connection.streaming.lock().await;
+        let (len, end) = (request.len, request.offset + request.len);
+        let mut head = Vec::with_capacity(48);
+        let (style, cookie, offset) = (connection.style, answer.cookie, answer.offset);
+        // No longer than the largest payload.
+        put_data_header(
+            style,
+            cookie,
+            offset,
+            offset,
+            u32::try_from(len).unwrap_or(u32::MAX),
+            true,
+            &mut head,
+        );
+        let mut answer = Some(answer);
+        while request.offset < end && !connection.is_closed() {
+            request.len = (end - request.offset).min(u64::from(SMALL_PIECE_BYTES));
+            let last = request.offset + request.len == end;
+            let buffer = Buffer::new(SMALL_PIECE_BYTES.min(u32::try_from(request.len).unwrap_or(0)) as usize);
+            let data = match (connection.export.execute(request, Some(buffer), arrived).await, answer.take())
+            {
+                (Ok(Reply::Data(data)), None) => data,
+                (Ok(Reply::Data(data)), Some(mut first)) => {
+                    // From here on the stream owes the answer.
+                    first.given = true;
+                    data
+                }
+                (Err(error), Some(first)) => return first.failed(&error, charge),
+                (failed, _) => {
+                    tracing::warn!(
+                        cookie,
+                        ?failed,
+                        "a read failed after its head was sent: closing the connection"
+                    );
+                    connection.close();
+                    return;
+                }
+            };
+            connection.push_stream(std::mem::take(&mut head), Body::Buffer(data), last).await;
+            request.offset += request.len;
+            request.flags |= Flags::CONTINUED;
+        }
+    });
+}
+
 /// A charge for the next piece of a read: a large one if it is to be had now, else what the reserve covers.
 async fn next_piece(connection: &Connection, left: u64) -> (Charge, u64) {
     let large = u32::try_from(left).unwrap_or(u32::MAX).min(PIECE_BYTES);
