@@ -119,7 +119,6 @@ fn memory_comes_back_after_a_burst() {
         std::thread::sleep(Duration::from_millis(200));
         drop(clients);
         // What the disk itself holds is half of that limit.
-        // bug: it does not; freed buffers stay with the allocator, 200 MiB of them.
         let start = Instant::now();
         while server.resident() > limit(80 * MIB) {
             assert!(
