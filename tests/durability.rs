@@ -107,7 +107,7 @@ fn a_restart_at_once_after_a_kill_with_writes_in_flight() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = image(folder.path());
     for _ in 0..8 {
-        // bug: refused, "in use by another process": a ring that is torn down still holds the image.
+        // A ring that is torn down holds the image, and its locks, a moment longer than the process lives.
         let mut server = Server::serve(&[text(&path), "--cache", "none"]);
         let mut client = server.client(ReplyStyle::Structured);
         for n in 0..4 {

@@ -87,40 +87,50 @@ fn memory() {
     }
 }
 
-#[test]
-fn files() {
-    for (n, (place, flags)) in [
-        ("/dev/shm", &[][..]),
-        ("/var/tmp", &[]),
-        ("/var/tmp", &["--aio", "threads"]),
-        ("/var/tmp", &["--aio", "io_uring"]),
-        ("/var/tmp", &["--cache", "none"]),
-        ("/var/tmp", &["--cache", "none", "--aio", "threads"]),
-        ("/var/tmp", &["--cache", "directsync"]),
-        ("/var/tmp", &["--cache", "writethrough"]),
-        ("/var/tmp", &["--cache", "unsafe"]),
-        ("/var/tmp", &["--discard", "ignore"]),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        for size in [1_048_576, 1_000_003, 1_000_448] {
-            let (_folder, path, content) = image(place, size);
-            let started = Server::try_serve(&[&[text(&path)], flags].concat());
-            let server = match started {
-                Ok(server) => server,
-                // Direct I/O of an odd size may be refused, in one line.
-                Err(log) if flags.iter().any(|flag| ["none", "directsync"].contains(flag)) => {
-                    assert!(size % 512 != 0 && log.lines().count() == 1, "{flags:?} {size}: {log}");
-                    continue;
-                }
-                Err(log) => panic!("{flags:?} {size}: {log}"),
-            };
-            let model = exercise(&server, content, 0x5eed_6002 + n as u64);
-            server.stop();
-            check_file(&path, &model);
-        }
+/// Images of even and odd sizes in a folder of `place`, served with these flags.
+fn check_files(place: &str, flags: &[&str], seed: u64) {
+    for size in [1_048_576, 1_000_003, 1_000_448] {
+        let (_folder, path, content) = image(place, size);
+        let server = match Server::try_serve(&[&[text(&path)], flags].concat()) {
+            Ok(server) => server,
+            // Direct I/O of an odd size may be refused, in one line.
+            Err(log) if flags.iter().any(|flag| ["none", "directsync"].contains(flag)) => {
+                assert!(size % 512 != 0 && log.lines().count() == 1, "{flags:?} {size}: {log}");
+                continue;
+            }
+            Err(log) => panic!("{flags:?} {size}: {log}"),
+        };
+        let model = exercise(&server, content, seed);
+        server.stop();
+        check_file(&path, &model);
     }
+}
+
+#[test]
+fn files_on_tmpfs() {
+    check_files("/dev/shm", &[], 0x5eed_6010);
+    check_files("/dev/shm", &["--aio", "threads"], 0x5eed_6011);
+}
+
+#[test]
+fn files_on_disk() {
+    check_files("/var/tmp", &[], 0x5eed_6012);
+    check_files("/var/tmp", &["--aio", "threads"], 0x5eed_6013);
+    check_files("/var/tmp", &["--aio", "io_uring"], 0x5eed_6014);
+    check_files("/var/tmp", &["--discard", "ignore"], 0x5eed_6015);
+}
+
+#[test]
+fn files_past_the_page_cache() {
+    check_files("/var/tmp", &["--cache", "none"], 0x5eed_6016);
+    check_files("/var/tmp", &["--cache", "none", "--aio", "threads"], 0x5eed_6017);
+}
+
+#[test]
+fn files_in_the_other_cache_modes() {
+    check_files("/var/tmp", &["--cache", "directsync"], 0x5eed_6018);
+    check_files("/var/tmp", &["--cache", "writethrough"], 0x5eed_6019);
+    check_files("/var/tmp", &["--cache", "unsafe"], 0x5eed_601a);
 }
 
 #[test]
