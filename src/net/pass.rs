@@ -40,13 +40,11 @@ impl Step {
 }
 
 impl Reader {
-    /// Processes what is complete in `bytes`, sends the answers; returns how many bytes are done with.
+    /// Processes what is complete in `bytes`; answers stay in the arena. Returns how many bytes are done with.
     pub(super) fn pass(&mut self, bytes: &[u8], arena: &mut Arena) -> io::Result<(usize, Stop)> {
-        // Should an earlier pass have ended in a panic, its answers are not this client's.
-        arena.clear();
         let arrived = Instant::now();
         let (mut used, mut work) = (0, 0);
-        let result = loop {
+        loop {
             match self.step(&bytes[used..], arena, arrived) {
                 Ok(Step::Used(n)) => {
                     used += n;
@@ -63,12 +61,7 @@ impl Reader {
                 Ok(Step::Stop(stop)) => break Ok((used, stop)),
                 Err(error) => break Err(error),
             }
-        };
-        let sent = self.connection.send_arena(arena, false, &mut self.arena_charge);
-        arena.clear();
-        self.arena_charge = None;
-        sent?;
-        result
+        }
     }
 
     /// Takes in one request, or part of a payload.

@@ -10,13 +10,22 @@ use std::time::{Duration, Instant};
 
 use bridge::Charge;
 
-use super::arena::{RECEIVE_BYTES, SCRATCH, Scratch};
+use super::arena::{Arena, RECEIVE_BYTES, SCRATCH, Scratch};
 use super::connection::{Connection, ready_if};
 use super::input::{Input, Stop};
 use super::socket::HangUp;
 
 /// A client that ended its half of the connection is believed to be there for so long.
 const HALF_OPEN: Duration = Duration::from_secs(10);
+
+/// Answers gathered for one send, where more requests keep coming.
+const GATHER_ANSWERS: u32 = 8;
+
+/// Looks that may find nothing after one that found something.
+const EAGER_LOOKS: u8 = 4;
+
+/// One look in so many is taken in any case.
+const PROBE: u8 = 32;
 
 /// How long a busy connection keeps its worker before it lets the others run.
 pub(super) const TURN: Duration = Duration::from_micros(500);
@@ -29,6 +38,9 @@ pub(super) struct Reader {
     pub(super) arena_charge: Option<Charge>,
     /// The length of the last request taken in: a measure of the work it made.
     pub(super) worked: u64,
+    /// Whether to look for more requests before answers are sent, and after it before waiting.
+    before_send: Look,
+    after_send: Look,
     /// At a shutdown: the last look for requests was taken.
     looked: bool,
 }
@@ -41,6 +53,8 @@ impl Reader {
             input: Input::new(first),
             arena_charge: None,
             worked: 0,
+            before_send: Look::default(),
+            after_send: Look::default(),
             looked: false,
         }
     }
@@ -141,39 +155,81 @@ impl Reader {
         if connection.is_draining() {
             self.looked = true;
         }
-        SCRATCH.with_borrow_mut(|Scratch { receive, arena }| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let begun = Instant::now();
+            let mut told = true;
+            loop {
+                let (gathered, emptied) = self.gather(scratch, told);
+                told = false;
+                self.send_gathered(&mut scratch.arena)?;
+                let again = matches!(gathered, Ok(Stop::NeedMore)) && self.after_send.is_worth_it();
+                if !again || begun.elapsed() > TURN {
+                    if emptied {
+                        // Its next bytes raise a new event.
+                        guard.clear_ready();
+                    }
+                    return gathered;
+                }
+            }
+        })
+    }
+
+    /// Receives and makes passes until nothing more is there, or enough answers are gathered for one send. `told`
+    /// says that there should be something. The second value says whether the socket has been emptied.
+    ///
+    /// A client that keeps many requests in flight sends them one by one, and is woken by each answer that is sent
+    /// alone. So the socket is looked at once more before sending, and after it before waiting, as long as such
+    /// looks have found something of late.
+    fn gather(&mut self, scratch: &mut Scratch, told: bool) -> (io::Result<Stop>, bool) {
+        let connection = self.connection.clone();
+        let Scratch { receive, arena } = scratch;
+        arena.clear();
+        let mut first = true;
+        loop {
+            let midway = self.input.is_midway();
             let kept = self.input.unprocessed();
             let have = kept.len();
             receive[..have].copy_from_slice(kept);
             let window = self.input.window(&connection).max((have + 1).min(RECEIVE_BYTES));
             let room = &mut receive[have..window];
             let wanted = room.len();
-            let Some(received) = connection.socket.receive(room)? else {
-                guard.clear_ready();
-                return Ok(Stop::NeedMore);
+            let received = match connection.socket.receive(room) {
+                Ok(Some(0)) if midway => return (Err(io::ErrorKind::UnexpectedEof.into()), false),
+                Ok(Some(0)) => return (Ok(Stop::End), false),
+                Ok(received) => received,
+                Err(error) => return (Err(error), false),
             };
-            if received == 0 {
-                return if midway { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(Stop::End) };
+            match (first, told) {
+                (true, true) => {}
+                (true, false) => self.after_send.found(received.is_some()),
+                (false, _) => self.before_send.found(received.is_some()),
             }
-            if received < wanted {
-                // The socket was emptied: its next bytes raise a new event.
-                guard.clear_ready();
-            }
+            first = false;
+            let Some(received) = received else { return (Ok(Stop::NeedMore), true) };
             self.input.received(received, wanted);
             let bytes = &receive[..have + received];
-            let (used, stop) = self.pass(bytes, arena)?;
+            let (used, stop) = match self.pass(bytes, arena) {
+                Ok(passed) => passed,
+                Err(error) => return (Err(error), false),
+            };
             self.input.keep_rest(bytes, used);
-            Ok(stop)
-        })
+            let enough = !(1..GATHER_ANSWERS).contains(&arena.answers());
+            if stop != Stop::NeedMore || enough || !self.before_send.is_worth_it() {
+                return (Ok(stop), received < wanted);
+            }
+        }
     }
 
     /// A pass over the bytes kept from an earlier one.
     fn pass_kept(&mut self) -> io::Result<Stop> {
         let mut kept = std::mem::take(&mut self.input);
         let result = SCRATCH.with_borrow_mut(|scratch| {
+            scratch.arena.clear();
             self.input.payload = kept.payload.take();
             self.input.granted = kept.granted.take();
-            self.pass(kept.unprocessed(), &mut scratch.arena)
+            let passed = self.pass(kept.unprocessed(), &mut scratch.arena);
+            self.send_gathered(&mut scratch.arena)?;
+            passed
         });
         kept.payload = self.input.payload.take();
         kept.granted = self.input.granted.take();
@@ -181,6 +237,30 @@ impl Reader {
         let (used, stop) = result?;
         self.input.skip(used);
         Ok(stop)
+    }
+
+    fn send_gathered(&mut self, arena: &mut Arena) -> io::Result<()> {
+        let sent = self.connection.send_arena(arena, false, &mut self.arena_charge);
+        self.arena_charge = None;
+        sent
+    }
+}
+
+/// A guess whether a look at the socket will find something, from how the last ones went.
+#[derive(Default)]
+struct Look {
+    eager: u8,
+    declined: u8,
+}
+
+impl Look {
+    fn is_worth_it(&mut self) -> bool {
+        self.declined = if self.eager > 0 { 0 } else { (self.declined + 1) % PROBE };
+        self.eager > 0 || self.declined == 0
+    }
+
+    fn found(&mut self, something: bool) {
+        self.eager = if something { EAGER_LOOKS } else { self.eager.saturating_sub(1) };
     }
 }
 

@@ -84,13 +84,18 @@ async fn write(connection: Rc<Connection>) {
 async fn send_queued(connection: &Connection) -> io::Result<()> {
     let limit = connection.settings.send_timeout;
     let mut mark = (Instant::now(), connection.sent_bytes());
+    let mut room = None;
     while !connection.is_closed() {
         match connection.send_queue()? {
             Sent::All => return Ok(()),
             Sent::Paused => tokio::task::yield_now().await,
             Sent::Blocked => {
+                let room = match &mut room {
+                    Some(room) => room,
+                    none => none.insert(connection.socket.send_room()?),
+                };
                 let left = limit.saturating_sub(mark.0.elapsed());
-                let writable = tokio::time::timeout(left, connection.socket.writable()).await;
+                let writable = tokio::time::timeout(left, room.ready()).await;
                 let mut writable = writable.map_err(|_| too_slow(limit))??;
                 if connection.send_queue()? == Sent::Blocked {
                     writable.clear_ready();
@@ -173,16 +178,20 @@ async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negot
 }
 
 async fn send_all(socket: &Socket, mut bytes: &[u8]) -> io::Result<()> {
+    let mut room = None;
     while !bytes.is_empty() {
+        if let Some(sent) = socket.send(bytes, false)? {
+            bytes = &bytes[sent..];
+            continue;
+        }
+        let room = match &mut room {
+            Some(room) => room,
+            none => none.insert(socket.send_room()?),
+        };
+        let mut guard = room.ready().await?;
         match socket.send(bytes, false)? {
             Some(sent) => bytes = &bytes[sent..],
-            None => {
-                let mut guard = socket.writable().await?;
-                match socket.send(bytes, false)? {
-                    Some(sent) => bytes = &bytes[sent..],
-                    None => guard.clear_ready(),
-                }
-            }
+            None => guard.clear_ready(),
         }
     }
     Ok(())

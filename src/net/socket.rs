@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 /// The socket of one connection.
@@ -19,9 +20,8 @@ pub(super) struct Socket {
 impl Socket {
     /// Takes a connected, non-blocking socket into the event queue of this thread's runtime.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: an OwnedFd keeps the one descriptor it owns open and unchanged for as long as it lives.
-        let fd = unsafe { AsyncFd::register(fd) }?;
-        Ok(Socket { fd })
+        // For reading only: else a Unix socket would wake its worker each time the peer takes an answer.
+        Ok(Socket { fd: register(fd, Interest::READABLE)? })
     }
 
     /// Ready when there may be something to receive. The guard must be cleared when there was not.
@@ -37,9 +37,9 @@ impl Socket {
         self.fd.readable().await
     }
 
-    /// Waits until there may be room to send. Cancel-safe.
-    pub(super) async fn writable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
-        self.fd.writable().await
+    /// What tells when there is room to send again: for as long as somebody waits for that, and no longer.
+    pub(super) fn send_room(&self) -> io::Result<SendRoom> {
+        Ok(SendRoom(register(self.fd.get_ref().try_clone()?, Interest::WRITABLE)?))
     }
 
     /// Receives what is there; 0 at the peer's end, None when there is nothing yet.
@@ -88,6 +88,22 @@ impl Socket {
         // A peer that is gone already is no news.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
+}
+
+/// Tells when there may be room to send.
+pub(super) struct SendRoom(AsyncFd<OwnedFd>);
+
+impl SendRoom {
+    /// Waits until there may be room. The guard must be cleared when there was none. Cancel-safe.
+    pub(super) async fn ready(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        self.0.writable().await
+    }
+}
+
+fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd keeps the one descriptor it owns open and unchanged for as long as it lives.
+    let fd = unsafe { AsyncFd::register_with_interest(fd, interest) }?;
+    Ok(fd)
 }
 
 /// What is known of a peer's leaving.
