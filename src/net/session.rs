@@ -18,6 +18,9 @@ use super::socket::Socket;
 /// What a client must take within the send timeout while answers wait for it.
 const PROGRESS_BYTES: u64 = 64 << 10;
 
+/// How often the socket is tried where nothing tells of room.
+const LOOK_PAUSE: Duration = Duration::from_millis(2);
+
 /// Received at once during the handshake.
 const HANDSHAKE_BYTES: usize = 4096;
 
@@ -90,9 +93,16 @@ async fn send_queued(connection: &Connection) -> io::Result<()> {
             Sent::All => return Ok(()),
             Sent::Paused => tokio::task::yield_now().await,
             Sent::Blocked => {
-                let room = match &mut room {
-                    Some(room) => room,
-                    none => none.insert(connection.socket.send_room()?),
+                if room.is_none() {
+                    room = connection.socket.send_room().ok();
+                }
+                let Some(room) = &room else {
+                    // No descriptor is free to be told by: then by looking, until there is one.
+                    if mark.0.elapsed() > limit {
+                        return Err(too_slow(limit));
+                    }
+                    tokio::time::sleep(LOOK_PAUSE).await;
+                    continue;
                 };
                 let left = limit.saturating_sub(mark.0.elapsed());
                 let writable = tokio::time::timeout(left, room.ready()).await;
