@@ -10,21 +10,23 @@ use bridge::backend::null::NullBackend;
 use bridge::layer::{Fault, ReadOnly, Slice, Throttle, ThrottleConfig};
 use bridge::{Backend, Export};
 
-use crate::cli::{AioMode, CacheMode, DiscardMode, ExportArg, Format, NetArgs, Source, UsageError, create};
+use crate::cli::{
+    AioMode, CacheMode, DiscardMode, ExportArg, Format, Source, SourceArgs, UsageError, create,
+};
 
 /// Opens every source and stacks its layers, bottom to top: slice, fault, read-only, throttle.
 ///
 /// # Errors
 /// One line for the first that cannot be served.
-pub(crate) fn exports(args: &NetArgs) -> Result<Vec<Arc<Export>>> {
+pub(crate) fn exports(exports: &[ExportArg], args: &SourceArgs) -> Result<Vec<Arc<Export>>> {
     let throttle = match &args.throttle {
         Some(text) => text.parse().map_err(|error| UsageError::new(format!("--throttle: {error}")))?,
         None => ThrottleConfig::default(),
     };
-    args.exports.iter().map(|export| assemble(export, args, &throttle)).collect()
+    exports.iter().map(|export| assemble(export, args, &throttle)).collect()
 }
 
-fn assemble(export: &ExportArg, args: &NetArgs, throttle: &ThrottleConfig) -> Result<Arc<Export>> {
+fn assemble(export: &ExportArg, args: &SourceArgs, throttle: &ThrottleConfig) -> Result<Arc<Export>> {
     let mut stack = open(&export.source, args)?;
     if args.offset > 0 {
         let size = stack.geometry().size;
@@ -50,7 +52,7 @@ fn assemble(export: &ExportArg, args: &NetArgs, throttle: &ThrottleConfig) -> Re
     Ok(Export::new(export.name.clone(), export.description.clone(), stack))
 }
 
-fn open(source: &Source, args: &NetArgs) -> Result<Box<dyn Backend>> {
+fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),

@@ -1,8 +1,9 @@
-//! The command line: words to typed values ([`Action`], [`NetArgs`]), and nothing else. It opens no image and
+//! The command line: words to typed values ([`Action`], [`ServeArgs`]), and nothing else. It opens no image and
 //! no socket.
 //!
 //! ```text
-//!   argv ──clap──> NetFlags ──checks──> NetArgs ──> net_main
+//!   argv ──clap──> NetCommand ──checks──> ServeArgs ──> serve::run
+//!            │      = exports + source.rs + process.rs + the door's own flags
 //!            └── a flag of qemu-nbd's that we answer in one line (qemu.rs)
 //! ```
 //!
@@ -11,7 +12,9 @@
 pub(crate) mod create;
 pub(crate) mod logging;
 mod net;
+mod process;
 mod qemu;
+mod source;
 mod values;
 
 use std::ffi::OsString;
@@ -22,7 +25,9 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub(crate) use net::{DEFAULT_PORT, ExportArg, NetArgs};
+pub(crate) use net::{DEFAULT_PORT, NetArgs};
+pub(crate) use process::ProcessArgs;
+pub(crate) use source::{ExportArg, SourceArgs};
 pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
@@ -32,11 +37,40 @@ const USAGE_STATUS: u8 = 2;
 #[derive(Debug)]
 pub(crate) enum Action {
     /// `nbdbridge net`: serve.
-    Net(Box<NetArgs>),
+    Serve(Box<ServeArgs>),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
+}
+
+/// What to serve, how, and through which doors.
+#[derive(Debug)]
+pub(crate) struct ServeArgs {
+    /// At least one, no name twice.
+    pub(crate) exports: Vec<ExportArg>,
+    /// How their sources are opened.
+    pub(crate) source: SourceArgs,
+    /// At least one.
+    pub(crate) doors: Vec<DoorArgs>,
+    /// How the process behaves.
+    pub(crate) process: ProcessArgs,
+}
+
+/// One way to the exports.
+#[derive(Debug)]
+pub(crate) enum DoorArgs {
+    /// The NBD server.
+    Net(NetArgs),
+}
+
+impl DoorArgs {
+    /// The NBD server, if it is one.
+    pub(crate) fn net(&self) -> Option<&NetArgs> {
+        match self {
+            DoorArgs::Net(args) => Some(args),
+        }
+    }
 }
 
 /// A command line that cannot be meant. Where `main` finds one in its error, the exit status is 2.
@@ -78,7 +112,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Words {
     /// Serve disk images to NBD clients
-    Net(Box<net::NetFlags>),
+    Net(Box<net::NetCommand>),
     /// Make an empty disk image
     Create(create::CreateArgs),
     /// Print a completion script for a shell
@@ -98,7 +132,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
     }
     match Cli::from_arg_matches(&matches).map_err(|error| answer(&error))?.command {
         Words::Net(flags) => match flags.into_args() {
-            Ok(args) => Ok(Action::Net(Box::new(args))),
+            Ok(args) => Ok(Action::Serve(Box::new(args))),
             Err(error) => Err(report(&error.into())),
         },
         Words::Create(args) => Ok(Action::Create(args)),

@@ -4,6 +4,7 @@ mod allocator;
 mod assemble;
 mod cli;
 mod daemon;
+mod door;
 mod net;
 mod serve;
 mod size;
@@ -27,9 +28,9 @@ fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<ExitCode> {
     match action {
-        Action::Net(args) => {
-            cli::logging::init(args.verbose)?;
-            serve::net(&args)
+        Action::Serve(args) => {
+            cli::logging::init(args.process.verbose)?;
+            serve::run(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),

@@ -14,6 +14,7 @@
 mod arena;
 mod connection;
 mod directory;
+mod door;
 mod input;
 mod listener;
 mod output;
@@ -28,5 +29,5 @@ mod translate;
 mod write;
 mod zero;
 
-pub(crate) use listener::{Listener, Local, bind};
-pub(crate) use server::{Server, Settings};
+pub(crate) use door::NetDoor;
+pub(crate) use server::Settings;

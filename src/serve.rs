@@ -1,129 +1,162 @@
-//! The life of `nbdbridge net`: open, listen, tell that it is ready, serve, end in good order.
+//! The life of a process that serves: open the sources, open the doors, tell that it is ready, serve, end in good
+//! order.
+//!
+//! ```text
+//!   fork ─ sources ─ workers ─ doors ─ READY ─ serve ─┬─ signal ─ release (nobody would be hurt) ─┬─ drain ─ flush
+//!                                                     └─ a door ended by itself ──────────────────┘
+//! ```
+//!
+//! The first signal ends it as soon as that hurts nobody, one more ends it although it does, and one during the end
+//! cuts that short.
 
 use std::future::poll_fn;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
-use bridge::Export;
 use bridge::worker::Workers;
+use bridge::{Capabilities, Export, LocalFuture, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::cli::{NetArgs, UsageError};
+use crate::cli::{DoorArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
-use crate::net::{Listener, Local, Server, Settings, bind};
-use crate::{assemble, systemd, uri};
-
-/// A client that stops for so long in the middle of a request is dropped.
-const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A handshake without a limit of its own ends after this: nobody waits for days.
-const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
+use crate::door::{self, Door, Site};
+use crate::{assemble, systemd};
 
 /// Serves until told to stop.
 ///
 /// # Errors
-/// One line that says what kept the server from starting.
-pub(crate) fn net(args: &NetArgs) -> Result<ExitCode> {
-    let passed = systemd::take_sockets()?;
-    if !passed.is_empty() && !args.listen.is_empty() {
-        let message = "the sockets come from systemd here; leave out --bind, --port and --socket";
-        return Err(UsageError::new(message).into());
-    }
-    let ready = if args.fork {
-        match daemon::fork(args.verbose > 0)? {
+/// One line that says what kept it from starting.
+pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
+    let passed = take_sockets(&args.doors)?;
+    let process = &args.process;
+    let ready = if process.fork {
+        match daemon::fork(process.verbose > 0)? {
             Forked::Parent(status) => return Ok(status),
             Forked::Child(ready) => ready,
         }
     } else {
         Ready::foreground()
     };
-    let pid_file = args.pid_file.as_deref().map(PidFile::create).transpose()?;
-    let exports = assemble::exports(args)?;
-    let workers = Workers::start(args.workers).context("cannot start the workers")?;
-    let server = Server::new(exports.clone(), settings(args), workers);
+    let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
+    let exports = assemble::exports(&args.exports, &args.source)?;
+    let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
     let status = runtime.block_on(async {
-        let listeners = if passed.is_empty() {
-            let each = args.listen_or_default();
-            each.iter().map(bind).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
-        } else {
-            passed.into_iter().map(Listener::from_passed).collect::<Result<Vec<_>>>()?
-        };
+        let mut site = Site { exports: &exports, workers: &workers, process, passed };
+        let mut doors = Vec::new();
+        for door in &args.doors {
+            doors.push(door::open(door, &mut site).await?);
+        }
         let mut stop = Stop::new()?;
-        ready.announce(&uris(&listeners, &exports))?;
+        let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
+        ready.announce(&lines)?;
         // Without systemd there is nobody to tell.
         let _ = systemd::notify("READY=1");
-        serve(&server, listeners, args.once, &mut stop).await;
+        serve(&doors, &mut stop).await;
         let _ = systemd::notify("STOPPING=1");
-        let flushed = server.shut_down(stop.wait()).await;
-        anyhow::Ok(if flushed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        let all_well = tokio::select! {
+            all_well = end(&doors, &exports, &workers) => all_well,
+            () = stop.wait() => {
+                tracing::warn!("told again to stop: ending at once");
+                false
+            }
+        };
+        anyhow::Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
     // Workers may still hold a request that storage does not finish: ending must not wait for it.
-    std::mem::forget(server);
+    std::mem::forget(workers);
     status
 }
 
-/// Accepts on every listener until a signal comes, or with `once` until the last client has left.
-async fn serve(server: &Server, listeners: Vec<Listener>, once: bool, stop: &mut Stop) {
-    let mut clients = server.clients();
-    let last_left = async {
-        // Whether one has been here at all must not be missed between two looks.
-        let _ = clients.wait_for(|count| *count > 0).await;
-        let _ = clients.wait_for(|count| *count == 0).await;
-    };
-    let mut accepting: Vec<_> = listeners.iter().map(|listener| Box::pin(listener.serve(server))).collect();
-    let accept_all = poll_fn(|cx| {
-        for listener in &mut accepting {
-            let _ = listener.as_mut().poll(cx);
-        }
-        Poll::<()>::Pending
-    });
+/// The sockets that systemd passed, where there is a door that can take them.
+fn take_sockets(doors: &[DoorArgs]) -> Result<Vec<systemd::PassedSocket>> {
+    let Some(net) = doors.iter().find_map(DoorArgs::net) else { return Ok(Vec::new()) };
+    let passed = systemd::take_sockets()?;
+    if !passed.is_empty() && !net.listen.is_empty() {
+        let message = "the sockets come from systemd here; leave out --bind, --port and --socket";
+        return Err(UsageError::new(message).into());
+    }
+    Ok(passed)
+}
+
+/// Serves until a door has ended, or a signal has come and nobody needs the doors any more.
+async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) {
+    let mut ended = pin!(first(doors.iter().map(|door| door.serve()).collect()));
     tokio::select! {
-        () = accept_all => {}
-        () = last_left, if once => tracing::info!("the last client has left"),
+        () = &mut ended => return,
         () = stop.wait() => tracing::info!("stopping"),
     }
-    // Dropped here, the listeners take no more clients, and their paths are removed.
-}
-
-fn settings(args: &NetArgs) -> Settings {
-    Settings {
-        max_in_flight: args.max_in_flight,
-        handshake_limit: args.handshake_limit.unwrap_or(NO_LIMIT),
-        send_timeout: args.send_timeout,
-        payload_timeout: PAYLOAD_TIMEOUT,
-        drain_timeout: args.drain_timeout,
-        max_clients: args.shared.map(|n| usize::try_from(n.get()).unwrap_or(usize::MAX)),
-        memory_budget: args.memory_budget,
+    tokio::select! {
+        _ = all(doors.iter().map(|door| door.release()).collect()) => {}
+        () = ended => {}
+        () = stop.wait() => tracing::warn!("told again to stop: ending although it is in use"),
     }
 }
 
-/// One line for each way to each export.
-fn uris(listeners: &[Listener], exports: &[Arc<Export>]) -> Vec<String> {
-    let mut lines = Vec::new();
-    for listener in listeners {
-        for export in exports {
-            match listener.local() {
-                Local::Tcp(address) => lines.push(uri::tcp(address, export.name())),
-                Local::Unix(path) => {
-                    let path = std::path::absolute(&path).unwrap_or(path);
-                    lines.push(uri::unix(&path, export.name()));
-                }
-                Local::Unnamed => {}
+/// Closes the doors, then flushes what came through them. False where not everything went well.
+async fn end(doors: &[Box<dyn Door>], exports: &[Arc<Export>], workers: &Workers) -> bool {
+    let drained = all(doors.iter().map(|door| door.drain()).collect()).await;
+    let mut all_well = drained.into_iter().all(|well| well);
+    for export in exports {
+        all_well &= flush(export, workers).await;
+    }
+    all_well
+}
+
+async fn flush(export: &Arc<Export>, workers: &Workers) -> bool {
+    let caps = export.geometry().capabilities;
+    if caps.contains(Capabilities::READ_ONLY) || !caps.contains(Capabilities::FLUSH) {
+        return true;
+    }
+    let there = export.clone();
+    let flushed = workers.run(workers.next(), move || async move {
+        there.execute(Request::flush(), None, Instant::now()).await.map(|_| ())
+    });
+    match flushed.await {
+        Some(Ok(())) => true,
+        Some(Err(error)) => {
+            tracing::error!(export = export.name(), %error, "cannot flush");
+            false
+        }
+        None => false,
+    }
+}
+
+/// Polls all of them until one is ready.
+async fn first(mut futures: Vec<LocalFuture<'_, ()>>) {
+    poll_fn(|cx| match futures.iter_mut().any(|future| future.as_mut().poll(cx).is_ready()) {
+        true => Poll::Ready(()),
+        false => Poll::Pending,
+    })
+    .await;
+}
+
+/// Polls all of them until all are ready.
+async fn all<T>(mut futures: Vec<LocalFuture<'_, T>>) -> Vec<T> {
+    let mut results: Vec<Option<T>> = futures.iter().map(|_| None).collect();
+    poll_fn(|cx| {
+        for (future, result) in futures.iter_mut().zip(&mut results) {
+            if result.is_none()
+                && let Poll::Ready(value) = future.as_mut().poll(cx)
+            {
+                *result = Some(value);
             }
         }
-    }
-    lines
+        if results.iter().all(Option::is_some) { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    results.into_iter().flatten().collect()
 }
 
-/// The signals that end the server.
+/// The signals that end the process.
 struct Stop {
     terminate: Signal,
     interrupt: Signal,

@@ -8,11 +8,16 @@ use std::time::Duration;
 use super::values::{self, AioMode, CacheMode, DiscardMode, Host, Listen, Source};
 use super::*;
 
-fn net(line: &str) -> NetArgs {
+fn serve(line: &str) -> ServeArgs {
     match words(line.split_whitespace().map(OsString::from)) {
-        Ok(Action::Net(args)) => *args,
+        Ok(Action::Serve(args)) => *args,
         other => panic!("{line}: {other:?}"),
     }
+}
+
+fn net(line: &str) -> NetArgs {
+    let [DoorArgs::Net(net)] = <[DoorArgs; 1]>::try_from(serve(line).doors).expect(line);
+    net
 }
 
 fn refused(line: &str) {
@@ -38,58 +43,59 @@ fn clap_finds_no_fault_with_the_flags() {
 
 #[test]
 fn one_word_is_enough() {
-    let args = net("disk.img");
+    let (args, net) = (serve("disk.img"), net("disk.img"));
     assert_eq!(
         args.exports,
         [ExportArg { name: String::new(), description: None, source: path("disk.img") }]
     );
-    assert!(args.listen.is_empty());
-    assert_eq!(args.listen_or_default(), [local(10809)]);
-    assert_eq!(args.handshake_limit, Some(Duration::from_secs(10)));
-    assert_eq!(args.send_timeout, Duration::from_secs(30));
-    assert_eq!(args.drain_timeout, Duration::from_secs(10));
+    assert!(net.listen.is_empty());
+    assert_eq!(net.listen_or_default(), [local(10809)]);
+    assert_eq!(net.handshake_limit, Some(Duration::from_secs(10)));
+    assert_eq!(net.send_timeout, Duration::from_secs(30));
+    assert_eq!(args.process.drain_timeout, Duration::from_secs(10));
     assert_eq!(
-        (args.cache, args.aio, args.discard),
+        (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Writeback, AioMode::Auto, DiscardMode::Unmap)
     );
-    assert_eq!((args.offset, args.create, args.throttle.as_deref()), (0, None, None));
-    assert_eq!((args.max_in_flight, args.memory_budget), (128, 256 << 20));
-    assert!(args.workers >= 1 && args.shared.is_none() && args.lock);
-    assert!(!args.read_only && !args.once && !args.fork && args.pid_file.is_none());
+    assert_eq!((args.source.offset, args.source.create, args.source.throttle.as_deref()), (0, None, None));
+    assert_eq!((net.max_in_flight, net.memory_budget), (128, 256 << 20));
+    assert!(args.process.workers >= 1 && net.shared.is_none() && args.source.lock);
+    assert!(!args.source.read_only && !net.once && !args.process.fork && args.process.pid_file.is_none());
 }
 
 #[test]
 fn the_letters_of_qemu_nbd() {
     let line = "-b ::1 -p 0 -k /run/x.sock -x name -D words -e 5 -f raw -r -o 1M -t --fork --pid-file x.pid \
                 --handshake-limit 0 -n --aio native --discard off --detect-zeroes=off -vv disk.img";
-    let args = net(line);
+    let (args, net) = (serve(line), net(line));
     let tcp = Listen::Tcp { host: Host::Address("::1".parse().unwrap()), port: 0 };
-    assert_eq!(args.listen, [Listen::Unix("/run/x.sock".into()), tcp]);
+    assert_eq!(net.listen, [Listen::Unix("/run/x.sock".into()), tcp]);
     assert_eq!(args.exports[0].name, "name");
     assert_eq!(args.exports[0].description.as_deref(), Some("words"));
-    assert_eq!(args.shared.map(u32::from), Some(5));
-    assert_eq!((args.offset, args.verbose), (1 << 20, 2));
-    assert!(args.read_only && args.fork && !args.once);
-    assert_eq!(args.handshake_limit, None);
+    assert_eq!(net.shared.map(u32::from), Some(5));
+    assert_eq!((args.source.offset, args.process.verbose), (1 << 20, 2));
+    assert!(args.source.read_only && args.process.fork && !net.once);
+    assert_eq!(net.handshake_limit, None);
     assert_eq!(
-        (args.cache, args.aio, args.discard),
+        (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::None, AioMode::IoUring, DiscardMode::Ignore)
     );
 }
 
 #[test]
 fn the_flags_of_our_own() {
-    let args = net("mem:1M --once --workers 3 --max-in-flight 7 --memory-budget 1G --send-timeout 500ms \
+    let line = "mem:1M --once --workers 3 --max-in-flight 7 --memory-budget 1G --send-timeout 500ms \
          --drain-timeout 0 --no-lock --cache unsafe --aio threads --discard on --throttle iops-total=1,bps-read=2 \
-         --throttle iops-size=4k");
-    assert!(args.once && !args.lock);
-    assert_eq!((args.workers, args.max_in_flight, args.memory_budget), (3, 7, 1 << 30));
-    assert_eq!((args.send_timeout, args.drain_timeout), (Duration::from_millis(500), Duration::ZERO));
+         --throttle iops-size=4k";
+    let (args, net) = (serve(line), net(line));
+    assert!(net.once && !args.source.lock);
+    assert_eq!((args.process.workers, net.max_in_flight, net.memory_budget), (3, 7, 1 << 30));
+    assert_eq!((net.send_timeout, args.process.drain_timeout), (Duration::from_millis(500), Duration::ZERO));
     assert_eq!(
-        (args.cache, args.aio, args.discard),
+        (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Unsafe, AioMode::Threads, DiscardMode::Unmap)
     );
-    assert_eq!(args.throttle.as_deref(), Some("iops-total=1,bps-read=2,iops-size=4k"));
+    assert_eq!(args.source.throttle.as_deref(), Some("iops-total=1,bps-read=2,iops-size=4k"));
 }
 
 #[test]
@@ -110,11 +116,11 @@ fn where_to_listen() {
 
 #[test]
 fn what_to_serve() {
-    let args = net("--export a=one.img --export b=mem:1K --export c==d=e --create 1M");
+    let args = serve("--export a=one.img --export b=mem:1K --export c==d=e --create 1M");
     let shown: Vec<_> = args.exports.iter().map(|e| (e.name.as_str(), e.source.clone())).collect();
     assert_eq!(shown, [("a", path("one.img")), ("b", Source::Memory(1024)), ("c", path("=d=e"))]);
-    assert_eq!(args.create, Some(1 << 20));
-    let args = net("first.img -x one --export =second.img");
+    assert_eq!(args.source.create, Some(1 << 20));
+    let args = serve("first.img -x one --export =second.img");
     assert_eq!((args.exports[0].name.as_str(), args.exports[1].name.as_str()), ("one", ""));
     for line in [
         "",

@@ -3,10 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bridge::worker::Workers;
-use bridge::{Budget, Capabilities, Export, Request};
+use bridge::{Budget, Export};
 use tokio::sync::watch;
 
 use super::connection::for_each_here;
@@ -72,12 +72,12 @@ impl Shared {
 /// A server, ready for clients.
 pub(crate) struct Server {
     shared: Arc<Shared>,
-    workers: Workers,
+    workers: Arc<Workers>,
 }
 
 impl Server {
     /// A server of these exports on these workers.
-    pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Workers) -> Self {
+    pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Arc<Workers>) -> Self {
         let shared = Shared {
             exports: Exports(exports.into()),
             budget: Budget::new(settings.memory_budget),
@@ -119,19 +119,8 @@ impl Server {
         self.shared.clients.subscribe()
     }
 
-    /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most), closes all connections,
-    /// flushes every export. `hurry` cuts it short wherever it is. False where not everything was flushed.
-    pub(crate) async fn shut_down(&self, hurry: impl Future<Output = ()>) -> bool {
-        tokio::select! {
-            flushed = self.drain_and_flush() => flushed,
-            () = hurry => {
-                tracing::warn!("told again to stop: ending at once");
-                false
-            }
-        }
-    }
-
-    async fn drain_and_flush(&self) -> bool {
+    /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most), closes all connections.
+    pub(crate) async fn drain(&self) {
         let limit = self.shared.settings.drain_timeout;
         let mut clients = self.clients();
         self.set_phase(Phase::Draining);
@@ -142,7 +131,6 @@ impl Server {
         // Requests that storage still holds cannot be waited for without bound.
         let gone = clients.wait_for(|count| *count == 0);
         let _ = tokio::time::timeout(Duration::from_secs(1), gone).await;
-        self.flush_all().await
     }
 
     fn set_phase(&self, phase: Phase) {
@@ -156,30 +144,6 @@ impl Server {
                 });
             });
         }
-    }
-
-    async fn flush_all(&self) -> bool {
-        let mut all_well = true;
-        for export in self.shared.exports.0.iter() {
-            let export = export.clone();
-            let name = export.name().to_owned();
-            let flushed = self.workers.run(self.workers.next(), move || async move {
-                let caps = export.geometry().capabilities;
-                if caps.contains(Capabilities::READ_ONLY) || !caps.contains(Capabilities::FLUSH) {
-                    return Ok(());
-                }
-                export.execute(Request::flush(), None, Instant::now()).await.map(|_| ())
-            });
-            match flushed.await {
-                Some(Ok(())) => {}
-                Some(Err(error)) => {
-                    tracing::error!(export = name, %error, "cannot flush");
-                    all_well = false;
-                }
-                None => all_well = false,
-            }
-        }
-        all_well
     }
 }
 

@@ -1,0 +1,49 @@
+//! What the doors have in common: a door starts, tells where it is, serves, and ends in good order. How they come and
+//! go together is `serve`'s business; what goes through one is its own.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use bridge::worker::Workers;
+use bridge::{Export, LocalFuture};
+
+use crate::cli::DoorArgs;
+use crate::net::NetDoor;
+use crate::systemd::PassedSocket;
+
+/// A way to the exports that is open. It is driven on the main thread's event loop; the data path runs elsewhere.
+pub(crate) trait Door {
+    /// What a person or a script connects to, a line each.
+    fn lines(&self) -> Vec<String>;
+
+    /// Serves until the door ends by itself. Cancel-safe.
+    fn serve(&self) -> LocalFuture<'_, ()>;
+
+    /// Waits, still serving, until the end would hurt nobody. Cancel-safe.
+    fn release(&self) -> LocalFuture<'_, ()>;
+
+    /// Lets nobody new in, finishes what is in flight, and closes. False where that was not possible.
+    fn drain(&self) -> LocalFuture<'_, bool>;
+}
+
+/// What a door is opened upon.
+pub(crate) struct Site<'a> {
+    /// What it serves.
+    pub(crate) exports: &'a [Arc<Export>],
+    /// Where its slow requests (and connections) run.
+    pub(crate) workers: &'a Arc<Workers>,
+    /// How it ends.
+    pub(crate) process: &'a crate::cli::ProcessArgs,
+    /// Sockets that were passed in, for the door that takes them.
+    pub(crate) passed: Vec<PassedSocket>,
+}
+
+/// Opens a door. When this returns, whoever comes is served.
+///
+/// # Errors
+/// One line that says what kept it shut.
+pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn Door>> {
+    match door {
+        DoorArgs::Net(args) => Ok(Box::new(NetDoor::open(args, site)?)),
+    }
+}

@@ -1,0 +1,124 @@
+//! The NBD server as a door: listeners in front of a [`Server`].
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::path::absolute;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use anyhow::Result;
+use bridge::{Export, LocalFuture};
+
+use super::listener::{Listener, Local, bind};
+use super::server::{Server, Settings};
+use crate::cli::{NetArgs, ProcessArgs};
+use crate::door::{Door, Site};
+use crate::uri;
+
+/// A client that stops for so long in the middle of a request is dropped.
+const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A handshake without a limit of its own ends after this: nobody waits for days.
+const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// The server and its listeners.
+pub(crate) struct NetDoor {
+    server: Server,
+    /// Empty once the door is closed: dropped, they take no more clients, and their paths are removed.
+    listeners: RefCell<Vec<Arc<Listener>>>,
+    exports: Vec<Arc<Export>>,
+    once: bool,
+}
+
+impl NetDoor {
+    /// Listens at the addresses of `args`, or at the sockets that were passed in.
+    ///
+    /// # Errors
+    /// One line that names the address and the way out.
+    pub(crate) fn open(args: &NetArgs, site: &mut Site<'_>) -> Result<Self> {
+        let passed = std::mem::take(&mut site.passed);
+        let listeners: Vec<Listener> = if passed.is_empty() {
+            let each = args.listen_or_default();
+            each.iter().map(bind).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
+        } else {
+            passed.into_iter().map(Listener::from_passed).collect::<Result<_>>()?
+        };
+        Ok(NetDoor {
+            server: Server::new(site.exports.to_vec(), settings(args, site.process), site.workers.clone()),
+            listeners: RefCell::new(listeners.into_iter().map(Arc::new).collect()),
+            exports: site.exports.to_vec(),
+            once: args.once,
+        })
+    }
+}
+
+impl Door for NetDoor {
+    /// One URI for each way to each export.
+    fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for listener in self.listeners.borrow().iter() {
+            for export in &self.exports {
+                match listener.local() {
+                    Local::Tcp(address) => lines.push(uri::tcp(address, export.name())),
+                    Local::Unix(path) => {
+                        let path = absolute(&path).unwrap_or(path);
+                        lines.push(uri::unix(&path, export.name()));
+                    }
+                    Local::Unnamed => {}
+                }
+            }
+        }
+        lines
+    }
+
+    /// Accepts on every listener; with `once` until the last client has left.
+    fn serve(&self) -> LocalFuture<'_, ()> {
+        let listeners = self.listeners.borrow().clone();
+        Box::pin(async move {
+            let mut clients = self.server.clients();
+            let last_left = async {
+                // Whether one has been here at all must not be missed between two looks.
+                let _ = clients.wait_for(|count| *count > 0).await;
+                let _ = clients.wait_for(|count| *count == 0).await;
+            };
+            let mut accepting: Vec<_> =
+                listeners.iter().map(|listener| Box::pin(listener.serve(&self.server))).collect();
+            let accept_all = poll_fn(|cx| {
+                for listener in &mut accepting {
+                    let _ = listener.as_mut().poll(cx);
+                }
+                Poll::<()>::Pending
+            });
+            tokio::select! {
+                () = accept_all => {}
+                () = last_left, if self.once => tracing::info!("the last client has left"),
+            }
+        })
+    }
+
+    /// Clients are told that the server ends, and may come back later.
+    fn release(&self) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    fn drain(&self) -> LocalFuture<'_, bool> {
+        self.listeners.borrow_mut().clear();
+        Box::pin(async {
+            self.server.drain().await;
+            true
+        })
+    }
+}
+
+fn settings(args: &NetArgs, process: &ProcessArgs) -> Settings {
+    Settings {
+        max_in_flight: args.max_in_flight,
+        handshake_limit: args.handshake_limit.unwrap_or(NO_LIMIT),
+        send_timeout: args.send_timeout,
+        payload_timeout: PAYLOAD_TIMEOUT,
+        drain_timeout: process.drain_timeout,
+        max_clients: args.shared.map(|n| usize::try_from(n.get()).unwrap_or(usize::MAX)),
+        memory_budget: args.memory_budget,
+    }
+}
