@@ -1,0 +1,82 @@
+"""The clients: how a cell is run against a URI, and what the client says of it.
+
+A client that reports an error, ends with one, or did nothing at all makes the run fail: its figures are never used.
+"""
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+
+from cells import COPY, MIXED, Cell
+from process import Failed, run_client
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one run gave."""
+    rate: float  # in the cell's unit
+    count: float  # of what CPU times are divided by
+    cpu_seconds: float  # of the client
+    p50_us: float | None = None
+    p99_us: float | None = None
+    p999_us: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    tool: str
+    package: str
+    suits: Callable[[Cell], bool]
+    run: Callable[..., Outcome]  # (cell, uris, size_mib, seconds, seed)
+
+
+def fio_command(cell, uris, size_mib, seconds, seed):
+    """fio's nbd engine; with several URIs, connection N goes to the Nth of them. Ends with a flush where it wrote."""
+    kind = {MIXED: "rw"}.get(cell.what, cell.what)
+    part = size_mib // cell.connections if cell.sequential else size_mib
+    command = ["fio", "--ioengine=nbd", "--thread", f"--rw={kind if cell.sequential else 'rand' + kind}",
+               f"--bs={cell.block_kib}k", f"--iodepth={cell.depth}", f"--size={part}m", f"--randseed={seed}",
+               "--norandommap", "--end_fsync=1", "--group_reporting", "--unified_rw_reporting=1",
+               "--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=50:99:99.9", "--output-format=json",
+               "--time_based", f"--runtime={seconds}"]
+    if cell.sequential and cell.connections > 1:
+        command.append(f"--offset_increment={part}m")
+    if len(uris) == 1:
+        return [*command, f"--numjobs={cell.connections}", "--name=bench", f"--uri={uris[0]}"]
+    for number in range(cell.connections):
+        command += [f"--name=job{number}", f"--uri={uris[number % len(uris)]}"]
+    return command
+
+
+def fio(cell, uris, size_mib, seconds, seed):
+    # A flush of what was written at the page cache's pace may take its time.
+    done = run_client(fio_command(cell, uris, size_mib, seconds, seed), seconds * 10 + 300)
+    try:
+        # Notices may come before the JSON.
+        job = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
+        both, slow = job["mixed"], job["mixed"]["lat_ns"].get("percentile", {})
+        if job["error"] or not both["total_ios"]:
+            raise Failed(f"fio: error {job['error']} after {both['total_ios']} I/Os")
+        return Outcome(
+            rate=both["iops"] if cell.unit == "IOPS" else both["bw_bytes"] / 1e6,
+            count=both["total_ios"], cpu_seconds=done.cpu_seconds,
+            p50_us=slow["50.000000"] / 1e3, p99_us=slow["99.000000"] / 1e3, p999_us=slow["99.900000"] / 1e3)
+    except (ValueError, KeyError, IndexError) as error:
+        raise Failed(f"fio: its report is not understood ({error!r})") from error
+
+
+def nbdcopy(cell, uris, size_mib, seconds, _seed):
+    """Copies the whole image to nowhere, again and again until the time is over."""
+    copies = cpu = 0
+    began = time.monotonic()
+    while copies == 0 or time.monotonic() - began < seconds:
+        done = run_client(["nbdcopy", uris[0], "null:"], seconds * 10 + 300)
+        copies, cpu = copies + 1, cpu + done.cpu_seconds
+    wall = time.monotonic() - began
+    return Outcome(rate=copies * size_mib * (1 << 20) / 1e6 / wall, count=copies * size_mib, cpu_seconds=cpu)
+
+
+CLIENTS = {
+    "fio": Client("fio", "fio", lambda cell: cell.what != COPY, fio),
+    "nbdcopy": Client("nbdcopy", "libnbd-bin", lambda cell: cell.what == COPY, nbdcopy),
+}
