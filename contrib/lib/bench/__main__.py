@@ -25,6 +25,8 @@ Installs what is missing by apt, builds the release program, and leaves nothing 
 and round, in turn (A B C, A B C), with a server started afresh; medians are shown. Everybody runs with default options.
 Exit status 0: every run went well; 1: some failed, and are named; 130: interrupted."""
 
+# A suite is a module with NAME and HELP; tools(settings): what has to be installed; forecast_seconds(settings); and
+# run(settings, records, say), which appends a Record for each run. Tables, chart and JSON need no more than that.
 SUITES = {suite.NAME: suite for suite in (net, scaling)}
 
 PRESETS = {

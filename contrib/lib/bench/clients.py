@@ -11,6 +11,16 @@ from cells import COPY, MIXED, Cell
 from process import Failed, run_client
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of one client. With several URIs, connection N goes to the Nth of them."""
+    cell: Cell
+    uris: list[str]
+    size_mib: int
+    seconds: int
+    seed: int
+
+
 @dataclasses.dataclass
 class Outcome:
     """What one run gave."""
@@ -27,18 +37,19 @@ class Client:
     tool: str
     package: str
     suits: Callable[[Cell], bool]
-    run: Callable[..., Outcome]  # (cell, uris, size_mib, seconds, seed)
+    run: Callable[[Job], Outcome]
 
 
-def fio_command(cell, uris, size_mib, seconds, seed):
-    """fio's nbd engine; with several URIs, connection N goes to the Nth of them. Ends with a flush where it wrote."""
+def fio_command(job):
+    """fio's nbd engine. Ends with a flush where it wrote."""
+    cell, uris, size_mib = job.cell, job.uris, job.size_mib
     kind = {MIXED: "rw"}.get(cell.what, cell.what)
     part = size_mib // cell.connections if cell.sequential else size_mib
     command = ["fio", "--ioengine=nbd", "--thread", f"--rw={kind if cell.sequential else 'rand' + kind}",
-               f"--bs={cell.block_kib}k", f"--iodepth={cell.depth}", f"--size={part}m", f"--randseed={seed}",
+               f"--bs={cell.block_kib}k", f"--iodepth={cell.depth}", f"--size={part}m", f"--randseed={job.seed}",
                "--norandommap", "--end_fsync=1", "--group_reporting", "--unified_rw_reporting=1",
                "--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=50:99:99.9", "--output-format=json",
-               "--time_based", f"--runtime={seconds}"]
+               "--time_based", f"--runtime={job.seconds}"]
     if cell.sequential and cell.connections > 1:
         command.append(f"--offset_increment={part}m")
     if len(uris) == 1:
@@ -48,32 +59,33 @@ def fio_command(cell, uris, size_mib, seconds, seed):
     return command
 
 
-def fio(cell, uris, size_mib, seconds, seed):
+def fio(job):
     # A flush of what was written at the page cache's pace may take its time.
-    done = run_client(fio_command(cell, uris, size_mib, seconds, seed), seconds * 10 + 300)
+    done = run_client(fio_command(job), job.seconds * 10 + 300)
     try:
         # Notices may come before the JSON.
-        job = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
-        both, slow = job["mixed"], job["mixed"]["lat_ns"].get("percentile", {})
-        if job["error"] or not both["total_ios"]:
-            raise Failed(f"fio: error {job['error']} after {both['total_ios']} I/Os")
+        group = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
+        both, slow = group["mixed"], group["mixed"]["lat_ns"].get("percentile", {})
+        if group["error"] or not both["total_ios"]:
+            raise Failed(f"fio: error {group['error']} after {both['total_ios']} I/Os")
         return Outcome(
-            rate=both["iops"] if cell.unit == "IOPS" else both["bw_bytes"] / 1e6,
+            rate=both["iops"] if job.cell.unit == "IOPS" else both["bw_bytes"] / 1e6,
             count=both["total_ios"], cpu_seconds=done.cpu_seconds,
             p50_us=slow["50.000000"] / 1e3, p99_us=slow["99.000000"] / 1e3, p999_us=slow["99.900000"] / 1e3)
     except (ValueError, KeyError, IndexError) as error:
         raise Failed(f"fio: its report is not understood ({error!r})") from error
 
 
-def nbdcopy(cell, uris, size_mib, seconds, _seed):
+def nbdcopy(job):
     """Copies the whole image to nowhere, again and again until the time is over."""
     copies = cpu = 0
     began = time.monotonic()
-    while copies == 0 or time.monotonic() - began < seconds:
-        done = run_client(["nbdcopy", uris[0], "null:"], seconds * 10 + 300)
+    while copies == 0 or time.monotonic() - began < job.seconds:
+        done = run_client(["nbdcopy", job.uris[0], "null:"], job.seconds * 10 + 300)
         copies, cpu = copies + 1, cpu + done.cpu_seconds
     wall = time.monotonic() - began
-    return Outcome(rate=copies * size_mib * (1 << 20) / 1e6 / wall, count=copies * size_mib, cpu_seconds=cpu)
+    copied_mib = copies * job.size_mib
+    return Outcome(rate=copied_mib * (1 << 20) / 1e6 / wall, count=copied_mib, cpu_seconds=cpu)
 
 
 CLIENTS = {

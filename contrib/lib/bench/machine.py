@@ -66,7 +66,7 @@ def first_line(command):
 
 def header(program, tools, settings):
     """Date, machine, versions and settings, in the order in which they are shown."""
-    versions = [first_line([tool, "--version"]) for tool in dict(tools)]
+    versions = [version(tool) for tool in dict(tools)]
     ours = f"{first_line([program, '--version'])} ({commit()})"
     load = os.getloadavg()[0]
     return {
@@ -77,7 +77,7 @@ def header(program, tools, settings):
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / (1 << 30):.1f} GiB",
         "load before": f"{load:.2f}" + (" (others were at work: the figures are not to be trusted)"
                                         if load > BUSY_LOAD else ""),
-        "versions": "; ".join([ours, *map(short_version, versions)]),
+        "versions": "; ".join([ours, *versions]),
         "runs": runs_of(settings),
     }
 
@@ -96,8 +96,12 @@ def runs_of(settings):
     return f"{rounds} of {settings.seconds} s; a {settings.size_mib} MiB image"
 
 
-def short_version(line):
+def version(tool):
     """"qemu-nbd 10.0.2 (Debian 1:10.0.2+ds-2)" without what the distribution says."""
+    try:
+        line = first_line([tool, "--version"])
+    except Failed:
+        return f"{tool} of unknown version"
     return re.sub(r"\s*\(.*", "", line).replace(" version ", " ").replace("fio-", "fio ")
 
 

@@ -2,7 +2,7 @@
 import contextlib
 
 from cells import COPY, FULL
-from clients import CLIENTS
+from clients import CLIENTS, Job
 from process import Failed
 from record import CEILING, Record
 from servers import SERVERS, Target, new_place, running
@@ -76,7 +76,7 @@ def measure(record, server, target, place, cell, settings, seed):
     """One run of one server: fills in the record."""
     with failing_into(record), running(server, target, place) as up:
         before = up.cpu_seconds()
-        outcome = CLIENTS[record.client].run(cell, [place.uri()], target.size_mib, settings.seconds, seed)
+        outcome = CLIENTS[record.client].run(Job(cell, [place.uri()], target.size_mib, settings.seconds, seed))
         fill(record, outcome, up.cpu_seconds() - before, up.memory_kib("VmHWM"))
 
 

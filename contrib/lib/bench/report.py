@@ -157,7 +157,8 @@ def head_lines(header):
 
 
 NOTES = ("CPU is user and system time per I/O (of a copy: per MiB), of the server, and of client and server together. "
-         "nbdkit null has no storage: it marks what client and socket leave, and is no peer.")
+         "nbdkit null has no storage: it marks what client and socket leave, and is no peer. "
+         "nbdkit file has no O_DIRECT: where others use it, it empties the page cache behind it (cache=none).")
 
 
 def terminal(header, records):

@@ -11,17 +11,16 @@ import time
 
 import nbd
 from cells import READ, Cell
-from clients import Outcome, fio
-from net import failing_into, fill, shown
+from clients import Job, Outcome, fio
+from net import chosen, failing_into, fill, shown
 from process import allow_descriptors
 from record import Record
-from servers import SERVERS, Target, new_place, running
+from servers import Target, new_place, running
 from storage import MIB, make_image, storages, workplace
 
 NAME = "scaling"
 HELP = "cost and memory against the number of connections and exports"
 CONNECTIONS, EXPORTS = "connections", "exports"
-SECONDS_AT_LEAST = 3
 START_SECONDS = 1.5  # what a run takes beside its time: a guess, for the forecast
 BUSY_EXPORTS = 4
 
@@ -30,12 +29,8 @@ def tools(settings):
     return [(server.tool, server.packages) for server in chosen(settings) if server.tool] + [("fio", ("fio",))]
 
 
-def chosen(settings):
-    return [SERVERS[name] for name in settings.servers]
-
-
 def forecast_seconds(settings):
-    return len(settings.points) * 2 * len(settings.servers) * settings.rounds * (seconds(settings) + START_SECONDS)
+    return len(settings.points) * 2 * len(settings.servers) * settings.rounds * (settings.seconds + START_SECONDS)
 
 
 def run(settings, records, say):
@@ -48,7 +43,7 @@ def run(settings, records, say):
                     record = new_record(CONNECTIONS, storage, point, server)
                     with failing_into(record):
                         target = Target(settings.program, (images["full"],), settings.size_mib)
-                        connections(record, server, target, work, point, seconds(settings), number)
+                        connections(record, server, target, work, point, settings.seconds, number)
                     finish(record, records, number, settings, say)
     for number in range(1, settings.rounds + 1):
         for point in settings.points:
@@ -64,12 +59,8 @@ def run(settings, records, say):
                     record = new_record(EXPORTS, storage, point, server)
                     with failing_into(record):
                         target = Target(settings.program, images, size_mib)
-                        exports(record, server, target, work, seconds(settings), number)
+                        exports(record, server, target, work, settings.seconds, number)
                     finish(record, records, number, settings, say)
-
-
-def seconds(settings):
-    return max(settings.seconds, SECONDS_AT_LEAST)
 
 
 def new_record(what, storage, point, server):
@@ -109,5 +100,5 @@ def exports(record, server, target, work, run_seconds, seed):
         if count > 1:
             record.each_kib = (up.memory_kib("VmRSS") - alone) / (count - 1)
         before = up.cpu_seconds()
-        outcome = fio(cell, [place.uri(name) for name in busy], target.size_mib, run_seconds, seed)
+        outcome = fio(Job(cell, [place.uri(name) for name in busy], target.size_mib, run_seconds, seed))
         fill(record, outcome, up.cpu_seconds() - before, up.memory_kib("VmHWM"))
