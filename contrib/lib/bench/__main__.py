@@ -1,6 +1,7 @@
 """The command line of contrib/bench: which suites run, with what settings, and where the figures go."""
 import argparse
 import pathlib
+import shutil
 import sys
 
 import cells
@@ -88,6 +89,7 @@ def settings_from(parser, words):
         if getattr(settings, field) is None:
             setattr(settings, field, value)
     settings.suites = list(dict.fromkeys(settings.suites or ["net"]))
+    settings.peers_chosen = bool(settings.servers)
     settings.servers = settings.servers or list(SERVERS)
     settings.clients = settings.clients or list(CLIENTS)
     try:
@@ -112,17 +114,33 @@ def write(settings, header, records):
     print("\n" + report.terminal(header, records))
 
 
+def tools_of(suites, settings):
+    """What the suites need, each once: pairs of a command and the packages that may have it."""
+    return list(dict.fromkeys(tool for suite in suites for tool in suite.tools(settings)))
+
+
+def leave_out_absent(settings):
+    """Peers that cannot be had here are left out, aloud, unless they were asked for by name; which these are."""
+    if settings.peers_chosen:
+        return []
+    absent = [name for name in settings.servers if SERVERS[name].tool and not shutil.which(SERVERS[name].tool)]
+    settings.servers = [name for name in settings.servers if name not in absent]
+    for name in absent:
+        say(f"leaving out {name}: it is not installed")
+    return absent
+
+
 def run(settings):
     suites = [SUITES[name] for name in settings.suites]
-    tools = list(dict.fromkeys(tool for suite in suites for tool in suite.tools(settings)))
     linker = [] if settings.program else [("cc", ("gcc",))]
-    if settings.no_apt:
-        machine.need(dict(tools + linker))
-    else:
-        machine.install(tools + linker)
+    if not settings.no_apt:
+        machine.install(tools_of(suites, settings) + linker)
+    absent = leave_out_absent(settings)
+    tools = tools_of(suites, settings)
+    machine.need(tools + linker)
     settings.program = str(pathlib.Path(settings.program).resolve()) if settings.program else machine.build()
-    header = machine.header(settings.program, tools, settings)
-    say(f"this takes about {sum(suite.forecast_seconds(settings) for suite in suites) / 60:.0f} minutes")
+    header = machine.header(settings.program, tools, settings) | ({"left out": ", ".join(absent)} if absent else {})
+    say(f"this takes about {sum(suite.forecast_seconds(settings) for suite in suites) / 60:.0f} min")
     records, interrupted = [], False
     try:
         for suite in suites:

@@ -19,18 +19,18 @@ def say(text):
 
 
 def install(tools):
-    """Installs what is missing by apt, as contrib/test does; where something is missing after that, the run ends."""
+    """Installs what is missing by apt, as contrib/test does, as far as apt has it."""
     by_tool = dict(tools)
     for choice in range(max((len(packages) for packages in by_tool.values()), default=0)):
         missing = [f"{tool}:{packages[choice]}" for tool, packages in by_tool.items()
                    if not shutil.which(tool) and choice < len(packages)]
         if missing:
             shell(["install_missing", *missing])
-    need(by_tool)
 
 
-def need(by_tool):
-    for tool, packages in by_tool.items():
+def need(tools):
+    """Ends the run where a program is not there."""
+    for tool, packages in tools:
         if not shutil.which(tool):
             package = " or ".join(packages)
             raise Failed(f"no {tool} here (Debian package {package}); --server and --client choose others")
