@@ -91,7 +91,7 @@ def settings_from(parser, words):
     settings.suites = list(dict.fromkeys(settings.suites or ["net"]))
     settings.peers_chosen = bool(settings.servers)
     settings.servers = settings.servers or list(SERVERS)
-    settings.clients = settings.clients or list(CLIENTS)
+    settings.clients = settings.clients or [name for name, client in CLIENTS.items() if client.by_default]
     try:
         settings.cells = cells.chosen(settings.cells)
     except ValueError as error:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 
-from cells import COPY, MIXED, Cell
+from cells import COPY, MIXED, READ, WRITE, Cell
 from process import Failed, run_client
 
 
@@ -19,6 +19,7 @@ class Job:
     size_mib: int
     seconds: int
     seed: int
+    program: str  # our own, for its load generator
 
 
 @dataclasses.dataclass
@@ -34,10 +35,11 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    tool: str
+    tool: str  # the command, and the Debian package that has it; none for our own
     package: str
     suits: Callable[[Cell], bool]
     run: Callable[[Job], Outcome]
+    by_default: bool = True
 
 
 def fio_command(job):
@@ -76,6 +78,29 @@ def fio(job):
         raise Failed(f"fio: its report is not understood ({error!r})") from error
 
 
+def nbdbridge(job):
+    """Our own load generator. It ends without a flush; of a mix the slower side's latency counts."""
+    cell = job.cell
+    share = {READ: [], WRITE: ["--write"], MIXED: ["--write", "--read-percent", "50"]}[cell.what]
+    order = ["--sequential"] if cell.sequential else []
+    command = [job.program, "bench", job.uris[0], "--json", "--duration", f"{job.seconds}s", "--seed", str(job.seed),
+               "--block-size", f"{cell.block_kib}K", "--depth", str(cell.depth), "--connections", str(cell.connections),
+               *order, *share]
+    done = run_client(command, job.seconds * 10 + 300)
+    try:
+        report = json.loads(done.stdout)
+        sides = [report[side] for side in ("read", "write") if report[side]["requests"]]
+        if report["errors"] or not sides:
+            raise Failed(f"nbdbridge bench: {report['requests']} requests, errors {report['errors']}")
+        slow = {name: max(side["latency_ns"][name] for side in sides) / 1e3 for name in ("p50", "p99", "p99_9")}
+        return Outcome(
+            rate=sum(side["iops"] if cell.unit == "IOPS" else side["bytes_per_second"] / 1e6 for side in sides),
+            count=sum(side["requests"] for side in sides), cpu_seconds=done.cpu_seconds,
+            p50_us=slow["p50"], p99_us=slow["p99"], p999_us=slow["p99_9"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failed(f"nbdbridge bench: its report is not understood ({error!r})") from error
+
+
 def nbdcopy(job):
     """Copies the whole image to nowhere, again and again until the time is over."""
     copies = cpu = 0
@@ -91,4 +116,5 @@ def nbdcopy(job):
 CLIENTS = {
     "fio": Client("fio", "fio", lambda cell: cell.what != COPY, fio),
     "nbdcopy": Client("nbdcopy", "libnbd-bin", lambda cell: cell.what == COPY, nbdcopy),
+    "nbdbridge": Client("", "", lambda cell: cell.what != COPY, nbdbridge, by_default=False),
 }

@@ -17,7 +17,7 @@ START_SECONDS = 0.6  # what a run takes beside its time: a guess, for the foreca
 def tools(settings):
     """What has to be installed: pairs of a command and the packages that may have it."""
     return ([(server.tool, server.packages) for server in chosen(settings) if server.tool] +
-            [(CLIENTS[name].tool, (CLIENTS[name].package,)) for name in settings.clients])
+            [(CLIENTS[name].tool, (CLIENTS[name].package,)) for name in settings.clients if CLIENTS[name].tool])
 
 
 def chosen(settings):
@@ -76,7 +76,8 @@ def measure(record, server, target, place, cell, settings, seed):
     """One run of one server: fills in the record."""
     with failing_into(record), running(server, target, place) as up:
         before = up.cpu_seconds()
-        outcome = CLIENTS[record.client].run(Job(cell, [place.uri()], target.size_mib, settings.seconds, seed))
+        job = Job(cell, [place.uri()], target.size_mib, settings.seconds, seed, target.program)
+        outcome = CLIENTS[record.client].run(job)
         fill(record, outcome, up.cpu_seconds() - before, up.memory_kib("VmHWM"))
 
 

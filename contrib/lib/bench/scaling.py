@@ -100,5 +100,6 @@ def exports(record, server, target, work, run_seconds, seed):
         if count > 1:
             record.each_kib = (up.memory_kib("VmRSS") - alone) / (count - 1)
         before = up.cpu_seconds()
-        outcome = fio(Job(cell, [place.uri(name) for name in busy], target.size_mib, run_seconds, seed))
+        outcome = fio(Job(cell, [place.uri(name) for name in busy], target.size_mib, run_seconds, seed,
+                          target.program))
         fill(record, outcome, up.cpu_seconds() - before, up.memory_kib("VmHWM"))
