@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub(crate) use net::{DEFAULT_PORT, NetArgs};
+pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
 pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};

@@ -9,7 +9,6 @@ mod net;
 mod serve;
 mod size;
 mod systemd;
-mod uri;
 
 use std::process::ExitCode;
 
