@@ -24,8 +24,8 @@ const MAX_HELD_BYTES: u64 = 1 << 30;
                         Checks every block:  nbdbridge bench nbd://host/scratch --write --read-percent 50 --verify"
 )]
 pub(crate) struct BenchCommand {
-    /// The export: nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH
-    #[arg(value_name = "URI")]
+    /// The export: `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`
+    #[arg(value_name = "URI", help = "The export: nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH")]
     uri: Uri,
 
     /// Requests in flight on each connection
