@@ -27,7 +27,6 @@ mod slow;
 mod socket;
 mod translate;
 mod write;
-mod zero;
 
 pub(crate) use door::NetDoor;
 pub(crate) use server::Settings;

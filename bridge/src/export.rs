@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::stats::Stats;
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
     Request, Result,
 };
 
@@ -111,6 +111,18 @@ impl Export {
     /// request's length; for others None.
     pub async fn execute(&self, request: Request, data: Option<Buffer>, arrived: Instant) -> Result<Reply> {
         let result = self.dispatch(request, data).await;
+        self.record(&request, result.is_ok(), arrived);
+        result
+    }
+
+    /// Block status of another kind: how deep in a chain of overlays the range lies, see [`Backend::allocation_depth`].
+    /// Counts as a block status; where one has been counted already, give `Flags::CONTINUED`.
+    pub async fn allocation_depth(&self, request: Request, arrived: Instant) -> Result<Vec<Depth>> {
+        debug_assert_eq!(request.operation, Operation::BlockStatus);
+        let result = match self.check(&request) {
+            Ok(()) => self.backend.allocation_depth(request.offset, request.len, request.flags).await,
+            Err(error) => Err(error),
+        };
         self.record(&request, result.is_ok(), arrived);
         result
     }

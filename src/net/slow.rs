@@ -6,13 +6,13 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bridge::admission::RESERVE_BYTES;
+use bridge::zero::is_zero;
 use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Reply, Request};
 use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
 
 use super::connection::Connection;
 use super::output::Body;
 use super::translate;
-use super::zero::is_zero;
 
 /// Largest part of a read that is fetched at once, where the reply may come in chunks.
 pub(super) const PIECE_BYTES: u32 = 1 << 20;

@@ -16,7 +16,6 @@ mod fast;
 mod flush;
 mod lock;
 mod open;
-mod ranges;
 mod slow;
 mod status;
 #[cfg(test)]
@@ -27,6 +26,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::ranges::RangeLocks;
 use crate::{
     Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole, Result,
 };
@@ -144,7 +144,7 @@ struct Disk {
     direct: Option<u64>,
     fast: fast::Fast,
     gate: Arc<flush::FlushGate>,
-    ranges: ranges::RangeLocks,
+    ranges: RangeLocks,
     refused: zero::Refused,
 }
 

@@ -3,8 +3,8 @@
 use std::future::ready;
 
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole,
-    Result,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture,
+    RangeOrHole, Result,
 };
 
 /// A source that cannot be changed through this layer.
@@ -68,6 +68,10 @@ impl Backend for ReadOnly {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(offset, len, flags)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Capabilities are the source's. Every operation passes through, moved; nothing outside the part can be reached,
 //! since the range is checked against this layer's size.
 
-use crate::{Backend, Buffer, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{Backend, Buffer, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
 
 /// A part of another backend.
 pub struct Slice {
@@ -64,5 +64,9 @@ impl Backend for Slice {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(self.start + offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(self.start + offset, len, flags)
     }
 }
