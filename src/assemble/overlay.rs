@@ -73,14 +73,19 @@ fn keep(base: Box<dyn Backend>, path: &Path, source: &Source, args: &SourceArgs)
     let Some(name) = name.to_str() else {
         bail!("{}: the path is not UTF-8, and cannot be written into an overlay", name.display());
     };
-    let Format::Raw = args.format;
     create::create_image(path, kept_bytes(base.geometry().size).map_err(named)?, false)?;
     let made = open().map_err(anyhow::Error::new).and_then(|store| {
-        apart(|| Overlay::create(base, Box::new(store), name, "raw", boot_id()))?.map_err(named)
+        apart(|| Overlay::create(base, Box::new(store), name, format_name(args), boot_id()))?.map_err(named)
     });
     if made.is_err() {
         // The first error is the one to tell.
         let _ = std::fs::remove_file(path);
     }
     made
+}
+
+/// How qemu calls the format of the base.
+fn format_name(args: &SourceArgs) -> &'static str {
+    let Format::Raw = args.format;
+    "raw"
 }

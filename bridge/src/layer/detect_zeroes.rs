@@ -110,6 +110,18 @@ impl Backend for DetectZeroes {
     fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
         self.inner.allocation_depth(offset, len, flags)
     }
+
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.grow(size)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.allocate(offset, len)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
+    }
 }
 
 #[cfg(test)]

@@ -61,7 +61,8 @@ const MAX_CACHE_RUNS: usize = 64;
 /// was opened so. `FILE_RANGE` and `CACHE` where either side has it, `MULTI_CONN` where both have it. Size and
 /// minimum block are the base's.
 ///
-/// Trim gives space of the overlay back, and leaves alone what lies in the base.
+/// Trim gives space of the overlay back, and leaves alone what lies in the base. An overlay does not grow: it is one of
+/// this base.
 pub struct Overlay {
     shared: Arc<Shared>,
 }
