@@ -1,5 +1,5 @@
-//! Overlays, partitions, detected zeroes, throttle groups and `qemu:allocation-depth`, with the tools that people have:
-//! qemu-img, qemu-io, qemu-nbd, nbdinfo, sfdisk and sgdisk.
+//! Overlays, parts of images, detected zeroes, throttle groups and `qemu:allocation-depth`, with the tools that people have:
+//! qemu-img, qemu-io, qemu-nbd and nbdinfo.
 
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
@@ -7,36 +7,17 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command as Program, Stdio};
+use std::process::{Child, Command as Program};
 use std::time::{Duration, Instant};
 
 use nbd_proto::{Command, CommandFlags, ReplyStyle};
 use rustix::process::Signal;
-use support::{NO_FLAGS, Random, Server, eventually, net, one_line, text};
+use support::{NO_FLAGS, Random, Server, eventually, lacks, net, one_line, refusal, run, text};
 
 const MIB: u64 = 1 << 20;
 const MIB_LEN: usize = 1 << 20;
-
-/// Says that a test is skipped; true where one of the tools is missing.
-fn lacks(test: &str, tools: &[&str]) -> bool {
-    let missing = tools.iter().find(|tool| {
-        Program::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err()
-    });
-    if let Some(tool) = missing {
-        eprintln!("SKIP: {test}: no {tool} here");
-    }
-    missing.is_some()
-}
-
-/// Runs a tool that must succeed, and gives what it said.
-fn run(tool: &str, args: &[&str]) -> String {
-    let output = Program::new(tool).args(args).output().unwrap();
-    assert!(output.status.success(), "{tool} {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// An image of random bytes, but for a hole in its middle. Odd in size.
 fn image(folder: &Path) -> (PathBuf, Vec<u8>) {
@@ -77,13 +58,6 @@ fn change(server: &Server, model: &mut [u8], seed: u64, count: usize) {
 fn assert_holds(server: &Server, model: &[u8]) {
     let mut client = server.client(ReplyStyle::Structured);
     assert!(client.read(0, model.len() as u64) == model, "{}", server.log());
-}
-
-/// The refusal of a server that must not start.
-fn refusal(args: &[&str]) -> String {
-    let output = net(args).args(["-k", "/nonexistent/sock"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    one_line(&output)
 }
 
 #[test]
@@ -242,107 +216,6 @@ fn a_kept_overlay_survives_kill_9() {
     let server = Server::serve(&args);
     assert_holds(&server, &model);
     server.stop();
-}
-
-fn sfdisk(path: &Path, script: &str) {
-    let mut child = Program::new("sfdisk")
-        .args(["-q", "--no-reread", "--no-tell-kernel", text(path)])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "{script}");
-}
-
-/// Serves each of the partitions (number, start, length, in bytes), writes into it, and looks where that went.
-fn check_partitions(path: &Path, expected: &[(u32, u64, u64)], others: &str) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    for (number, start, len) in expected {
-        let server = Server::serve(&[text(path), "-P", &number.to_string()]);
-        let mut client = server.client(ReplyStyle::Structured);
-        assert_eq!(client.size, *len, "partition {number}");
-        let mark = [u8::try_from(*number).unwrap(); 512];
-        client.write(0, &mark);
-        client.write(len - 512, &mark);
-        for place in [*start, start + len - 512] {
-            let mut found = [0; 512];
-            file.read_exact_at(&mut found, place).unwrap();
-            assert_eq!(found, mark, "partition {number}");
-        }
-        server.stop();
-    }
-    let line = refusal(&[text(path), "-P", "99"]);
-    assert!(line.ends_with(&format!("has no partition 99; {others}\n")), "{line}");
-}
-
-/// A loop device, until it is dropped.
-struct Loop(String);
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Program::new("losetup").args(["-d", &self.0]).status();
-    }
-}
-
-#[test]
-fn partitions_as_sfdisk_and_sgdisk_make_them() {
-    if lacks("partitions_as_sfdisk_and_sgdisk_make_them", &["sfdisk", "sgdisk"]) {
-        return;
-    }
-    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
-    let path = folder.path().join("disk.img");
-    let fresh = || File::create(&path).unwrap().set_len(64 * MIB).unwrap();
-    fresh();
-    let script = "label: dos\nstart=2048, size=8192, type=83\nstart=12288, size=81920, type=5\n\
-                  start=98304, size=4096, type=c\nstart=14336, size=10240, type=83\nstart=28672, size=4096, type=82\n";
-    // Numbers 1, 2 (extended), 3, and then 5 and 6 within it: a fourth primary one is left out by name.
-    let named: Vec<String> = script
-        .lines()
-        .skip(1)
-        .zip([1, 2, 3, 5, 6])
-        .map(|(line, number)| format!("{}{number} : {line}", text(&path)))
-        .collect();
-    sfdisk(&path, &format!("label: dos\n{}\n", named.join("\n")));
-    let sectors = |list: &[(u32, u64, u64)]| -> Vec<_> {
-        list.iter().map(|(number, start, len)| (*number, start * 512, len * 512)).collect()
-    };
-    let expected = sectors(&[(1, 2048, 8192), (3, 98_304, 4096), (5, 14_336, 10_240), (6, 28_672, 4096)]);
-    check_partitions(&path, &expected, "there are 1, 3, 5 and 6");
-
-    fresh();
-    run("sgdisk", &["-n", "1:2048:+8M", "-n", "7:40960:+1M", "-c", "7:seven", text(&path)]);
-    let expected = sectors(&[(1, 2048, 16_384), (7, 40_960, 2048)]);
-    check_partitions(&path, &expected, "there are 1 and 7");
-    // Its first sectors are gone: the copy at the end is there.
-    let file = File::options().write(true).open(&path).unwrap();
-    file.write_all_at(&[0; 16_384], 512).unwrap();
-    let server = Server::serve(&[text(&path), "-P", "7", "-s"]);
-    assert_eq!(server.client(ReplyStyle::Structured).size, MIB);
-    assert!(server.log().contains("the copy at the end"), "{}", server.log());
-    drop(server);
-    // The end is gone as well.
-    file.set_len(32 * MIB).unwrap();
-    let line = refusal(&[text(&path), "-P", "7"]);
-    assert!(line.contains("broken GPT"), "{line}");
-
-    // Sectors of 4096 bytes, which only a device tells sgdisk of.
-    fresh();
-    let attach =
-        Program::new("losetup").args(["-f", "--show", "--sector-size", "4096", text(&path)]).output();
-    match attach {
-        Ok(output) if output.status.success() => {
-            let device = Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned());
-            run("sgdisk", &["-n", "1:256:+2M", &device.0]);
-            drop(device);
-            check_partitions(&path, &[(1, MIB, 2 * MIB)], "there is only 1");
-        }
-        _ => {
-            eprintln!("SKIP: partitions_as_sfdisk_and_sgdisk_make_them: no loop device with sectors of 4096")
-        }
-    }
-    let line = refusal(&["mem:1M", "-P", "1"]);
-    assert!(line.contains("mem:1048576: has no partition table"), "{line}");
 }
 
 #[test]
