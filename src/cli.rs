@@ -29,8 +29,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub(crate) use bench::{BenchArgs, End};
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
-pub(crate) use source::{ExportArg, SourceArgs};
-pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
+pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
+pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;

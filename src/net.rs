@@ -28,7 +28,6 @@ mod slow;
 mod socket;
 mod translate;
 mod write;
-mod zero;
 
 pub(crate) use door::NetDoor;
 pub(crate) use server::Settings;

@@ -6,9 +6,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::{Mutex, watch};
+
 use crate::stats::Stats;
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
     Request, Result,
 };
 
@@ -37,12 +39,22 @@ pub struct Export {
     description: Option<String>,
     backend: Box<dyn Backend>,
     stats: Stats,
+    /// Held while the size changes.
+    resizing: Mutex<()>,
+    size: watch::Sender<u64>,
 }
 
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(Export { name: name.into(), description, backend, stats: Stats::new() })
+        Arc::new(Export {
+            name: name.into(),
+            description,
+            size: watch::Sender::new(backend.geometry().size),
+            backend,
+            stats: Stats::new(),
+            resizing: Mutex::new(()),
+        })
     }
 
     /// The name that clients ask for; "" is the default export.
@@ -115,6 +127,18 @@ impl Export {
         result
     }
 
+    /// Block status of another kind: how deep in a chain of overlays the range lies, see [`Backend::allocation_depth`].
+    /// Counts as a block status; where one has been counted already, give `Flags::CONTINUED`.
+    pub async fn allocation_depth(&self, request: Request, arrived: Instant) -> Result<Vec<Depth>> {
+        debug_assert_eq!(request.operation, Operation::BlockStatus);
+        let result = match self.check(&request) {
+            Ok(()) => self.backend.allocation_depth(request.offset, request.len, request.flags).await,
+            Err(error) => Err(error),
+        };
+        self.record(&request, result.is_ok(), arrived);
+        result
+    }
+
     /// Checks a request against the present shape.
     ///
     /// # Errors
@@ -160,6 +184,80 @@ impl Export {
             return Err(Error::new(ErrorKind::InvalidInput, "block status of an empty range"));
         }
         Ok(())
+    }
+
+    /// Makes the export `size` bytes long; what is new reads as zeroes. It only grows: the size it has already is no
+    /// error, a smaller one is. Not cancel-safe: dropped, it may or may not have grown.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `NotSupported` where the source cannot grow; `InvalidInput` for a smaller size, or one that is no
+    /// multiple of the smallest block; the source's own.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        if size < self.geometry().size {
+            return Err(Error::new(ErrorKind::InvalidInput, "the export is larger already, and only grows"));
+        }
+        self.grow(size).await
+    }
+
+    /// The same, but does nothing where the export is larger already.
+    ///
+    /// # Errors
+    /// As [`Export::resize`].
+    pub async fn grow_to(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        self.grow(size).await
+    }
+
+    async fn grow(&self, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if size <= geometry.size {
+            return Ok(());
+        }
+        if !geometry.capabilities.contains(Capabilities::GROW) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot grow"));
+        }
+        if !size.is_multiple_of(u64::from(geometry.min_block)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the size is not a multiple of the minimum block",
+            ));
+        }
+        self.backend.grow(size).await?;
+        tracing::info!(export = self.name, from = geometry.size, to = size, "the export has grown");
+        self.size.send_replace(self.geometry().size);
+        Ok(())
+    }
+
+    /// The size in bytes, and each change of it by [`Export::resize`].
+    pub fn watch_size(&self) -> watch::Receiver<u64> {
+        self.size.subscribe()
+    }
+
+    /// Reserves the space of a range; its data stays as it is.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `NotSupported`, `NoSpace`; `InvalidInput` for a range past the end; the source's own.
+    pub async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if !geometry.capabilities.contains(Capabilities::ALLOCATE) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot reserve space"));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > geometry.size) {
+            return Err(Error::new(ErrorKind::InvalidInput, "the range goes past the end of the export"));
+        }
+        if len == 0 { Ok(()) } else { self.backend.allocate(offset, len).await }
+    }
+
+    /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
+    pub fn allocated(&self) -> Option<u64> {
+        self.backend.allocated()
     }
 
     async fn dispatch(&self, request: Request, data: Option<Buffer>) -> Result<Reply> {

@@ -32,6 +32,8 @@ pub(crate) struct NetArgs {
     pub(crate) memory_budget: u64,
     /// How long a client may leave an answer unread; not zero.
     pub(crate) send_timeout: Duration,
+    /// Offer `qemu:allocation-depth`.
+    pub(crate) allocation_depth: bool,
 }
 
 impl NetArgs {
@@ -147,6 +149,10 @@ pub(super) struct NetFlags {
     #[arg(long)]
     once: bool,
 
+    /// Offer clients the context qemu:allocation-depth: which layer of an overlay holds what
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
+
     /// Time for a client's handshake; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = values::parse_duration)]
     handshake_limit: Duration,
@@ -186,6 +192,7 @@ impl NetFlags {
             max_in_flight: self.max_in_flight,
             memory_budget: self.memory_budget,
             send_timeout: self.send_timeout,
+            allocation_depth: self.allocation_depth,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::values::{self, AioMode, CacheMode, DiscardMode, Host, Listen, Source};
+use super::values::{self, AioMode, CacheMode, DetectZeroes, DiscardMode, Host, Listen, Source};
 use super::*;
 
 fn serve(line: &str) -> ServeArgs {
@@ -57,7 +57,8 @@ fn one_word_is_enough() {
         (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Writeback, AioMode::Auto, DiscardMode::Unmap)
     );
-    assert_eq!((args.source.offset, args.source.create, args.source.throttle.as_deref()), (0, None, None));
+    assert_eq!((args.source.part, args.source.create, &args.source.overlay), (None, None, &None));
+    assert!(args.source.throttles.is_empty() && args.source.detect_zeroes == DetectZeroes::Off);
     assert_eq!((net.max_in_flight, net.memory_budget), (128, 256 << 20));
     assert!(args.process.workers >= 1 && net.shared.is_none() && args.source.lock);
     assert!(!args.source.read_only && !net.once && !args.process.fork && args.process.pid_file.is_none());
@@ -73,7 +74,8 @@ fn the_letters_of_qemu_nbd() {
     assert_eq!(args.exports[0].name, "name");
     assert_eq!(args.exports[0].description.as_deref(), Some("words"));
     assert_eq!(net.shared.map(u32::from), Some(5));
-    assert_eq!((args.source.offset, args.process.verbose), (1 << 20, 2));
+    assert_eq!(args.source.part, Some(Part::Range { offset: 1 << 20, size: None }));
+    assert_eq!(args.process.verbose, 2);
     assert!(args.source.read_only && args.process.fork && !net.once);
     assert_eq!(net.handshake_limit, None);
     assert_eq!(
@@ -95,7 +97,31 @@ fn the_flags_of_our_own() {
         (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Unsafe, AioMode::Threads, DiscardMode::Unmap)
     );
-    assert_eq!(args.source.throttle.as_deref(), Some("iops-total=1,bps-read=2,iops-size=4k"));
+    assert_eq!(args.source.throttles, ["iops-total=1,bps-read=2", "iops-size=4k"]);
+}
+
+#[test]
+fn layers() {
+    let args = serve("a -s -P 5 --detect-zeroes unmap -A").source;
+    assert_eq!((args.overlay, args.part), (Some(OverlayArg::Temporary), Some(Part::Partition(5))));
+    assert_eq!(args.detect_zeroes, DetectZeroes::Unmap);
+    assert!(net("a -A").allocation_depth && !net("a").allocation_depth);
+    let args = serve("a --overlay b --size 1K --detect-zeroes on -r").source;
+    assert_eq!(args.overlay, Some(OverlayArg::Keep("b".into())));
+    assert_eq!(args.part, Some(Part::Range { offset: 0, size: Some(1024) }));
+    for line in [
+        "a -s --overlay b",
+        "a -s -r",
+        "a -s --create 1M",
+        "a --overlay b --create 1M",
+        "--export a=b --export c=d --overlay e",
+        "a -P 0",
+        "a -P 1 -o 1",
+        "a -P 1 --size 1",
+        "a --detect-zeroes unmap --discard ignore",
+    ] {
+        refused(line);
+    }
 }
 
 #[test]

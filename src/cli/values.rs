@@ -214,14 +214,6 @@ pub(super) fn parse_format(text: &str) -> Result<Format, String> {
     }
 }
 
-/// Reads `--detect-zeroes`: off is what we do.
-pub(super) fn parse_detect_zeroes(text: &str) -> Result<(), String> {
-    match text {
-        "off" => Ok(()),
-        _ => Err("only off is in this version; use qemu-nbd, or let the client send zeroes as such".into()),
-    }
-}
-
 /// How the image is opened and when a write is answered, in qemu's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CacheMode {
@@ -258,4 +250,15 @@ pub(crate) enum DiscardMode {
     /// Nothing (`off` means the same)
     #[value(alias = "off")]
     Ignore,
+}
+
+/// What becomes of a write that is all zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DetectZeroes {
+    /// It is stored as it is
+    Off,
+    /// It becomes zeroes that keep their space
+    On,
+    /// It becomes zeroes, and gives the space back
+    Unmap,
 }

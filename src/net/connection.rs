@@ -18,7 +18,7 @@ use super::arena::Arena;
 use super::output::{Body, Output, Segment, Sent};
 use super::server::Settings;
 use super::socket::Socket;
-use super::translate::BASE_ALLOCATION;
+use super::translate::{ALLOCATION_DEPTH, BASE_ALLOCATION};
 
 /// A connection in its transmission phase.
 pub(super) struct Connection {
@@ -27,8 +27,8 @@ pub(super) struct Connection {
     pub(super) style: ReplyStyle,
     /// The transmission flags that the client was told.
     pub(super) granted: TransmissionFlags,
-    /// The id under which `base:allocation` was negotiated.
-    pub(super) allocation_context: Option<u32>,
+    /// What block status is asked about.
+    pub(super) contexts: Contexts,
     pub(super) account: Account,
     pub(super) settings: Arc<Settings>,
     /// Requests taken in and not yet answered to the last byte.
@@ -44,6 +44,22 @@ pub(super) struct Connection {
     pub(super) streaming: tokio::sync::Mutex<()>,
 }
 
+/// The ids of the metadata contexts that were negotiated.
+#[derive(Clone, Copy)]
+pub(super) struct Contexts {
+    /// Of `base:allocation`.
+    pub(super) allocation: Option<u32>,
+    /// Of `qemu:allocation-depth`.
+    pub(super) depth: Option<u32>,
+}
+
+impl Contexts {
+    /// Whether there is any.
+    pub(super) fn any(self) -> bool {
+        self.allocation.is_some() || self.depth.is_some()
+    }
+}
+
 impl Connection {
     /// The transmission phase of `socket`, as the handshake settled it.
     pub(super) fn new(
@@ -53,15 +69,14 @@ impl Connection {
         account: Account,
         settings: Arc<Settings>,
     ) -> Rc<Self> {
-        let mut contexts = negotiated.contexts.iter();
+        let id =
+            |name| negotiated.contexts.iter().find(|context| context.name == name).map(|context| context.id);
         Rc::new(Connection {
             socket,
             export,
             style: negotiated.style,
             granted: negotiated.info.flags,
-            allocation_context: contexts
-                .find(|context| context.name == BASE_ALLOCATION)
-                .map(|context| context.id),
+            contexts: Contexts { allocation: id(BASE_ALLOCATION), depth: id(ALLOCATION_DEPTH) },
             account,
             settings,
             in_flight: Cell::new(0),

@@ -120,5 +120,6 @@ fn settings(args: &NetArgs, process: &ProcessArgs) -> Settings {
         drain_timeout: process.drain_timeout,
         max_clients: args.shared.map(|n| usize::try_from(n.get()).unwrap_or(usize::MAX)),
         memory_budget: args.memory_budget,
+        allocation_depth: args.allocation_depth,
     }
 }

@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     pub(crate) max_clients: Option<usize>,
     /// The bytes that all clients together may hold.
     pub(crate) memory_budget: u64,
+    /// Offer clients the context `qemu:allocation-depth`.
+    pub(crate) allocation_depth: bool,
 }
 
 impl Settings {
@@ -79,7 +81,7 @@ impl Server {
     /// A server of these exports on these workers.
     pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Arc<Workers>) -> Self {
         let shared = Shared {
-            exports: Exports(exports.into()),
+            exports: Exports { list: exports.into(), depth: settings.allocation_depth },
             budget: Budget::new(settings.memory_budget),
             settings: Arc::new(settings),
             phase: watch::Sender::new(Phase::Running),
