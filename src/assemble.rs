@@ -48,8 +48,7 @@ fn assemble(export: &ExportArg, args: &SourceArgs, throttle: &ThrottleConfig) ->
     }
     let stack =
         Throttle::new(stack, *throttle).map_err(|error| UsageError::new(format!("--throttle: {error}")))?;
-    let stack = Box::new(stack);
-    Ok(Export::new(export.name.clone(), export.description.clone(), stack))
+    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack))
 }
 
 fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
