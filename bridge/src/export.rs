@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::{Mutex, watch};
+
 use crate::layer::{ReadOnly, Throttle, ThrottleHandle};
 use crate::stats::Stats;
 use crate::{
@@ -39,24 +41,36 @@ pub struct Export {
     backend: Arc<dyn Backend>,
     stats: Stats,
     throttle: Option<ThrottleHandle>,
+    /// Held while the size changes.
+    resizing: Mutex<()>,
+    size: watch::Sender<u64>,
 }
 
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
-        let (name, backend) = (name.into(), Arc::from(backend));
-        Arc::new(Export { name, description, backend, stats: Stats::new(), throttle: None })
+        Export::of(name.into(), description, Arc::from(backend), None)
     }
 
     /// An export whose limits can be changed while it is served: see [`Export::throttle`].
     pub fn throttled(name: impl Into<String>, description: Option<String>, stack: Throttle) -> Arc<Self> {
         let throttle = Some(stack.handle());
-        let (name, backend) = (name.into(), Arc::new(stack));
-        Arc::new(Export { name, description, backend, stats: Stats::new(), throttle })
+        Export::of(name.into(), description, Arc::new(stack), throttle)
     }
 
-    /// The same export for a door that must not write: one name, one backend, one set of counters and limits.
-    /// What is written through the other doors shows in it.
+    fn of(
+        name: String,
+        description: Option<String>,
+        backend: Arc<dyn Backend>,
+        throttle: Option<ThrottleHandle>,
+    ) -> Arc<Self> {
+        let size = watch::Sender::new(backend.geometry().size);
+        let (stats, resizing) = (Stats::new(), Mutex::new(()));
+        Arc::new(Export { name, description, backend, stats, throttle, resizing, size })
+    }
+
+    /// The same export for a door that must not write: one name, one backend, one set of counters and limits, one
+    /// size. What is written through the other doors shows in it.
     pub fn read_only_view(&self) -> Arc<Self> {
         Arc::new(Export {
             name: self.name.clone(),
@@ -64,6 +78,8 @@ impl Export {
             backend: Arc::new(ReadOnly::over(self.backend.clone())),
             stats: self.stats.clone(),
             throttle: self.throttle.clone(),
+            resizing: Mutex::new(()),
+            size: self.size.clone(),
         })
     }
 
@@ -189,6 +205,80 @@ impl Export {
         Ok(())
     }
 
+    /// Makes the export `size` bytes long; what is new reads as zeroes. It only grows: the size it has already is no
+    /// error, a smaller one is. Not cancel-safe: dropped, it may or may not have grown.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `NotSupported` where the source cannot grow; `InvalidInput` for a smaller size, or one that is no
+    /// multiple of the smallest block; the source's own.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        if size < self.geometry().size {
+            return Err(Error::new(ErrorKind::InvalidInput, "the export is larger already, and only grows"));
+        }
+        self.grow(size).await
+    }
+
+    /// The same, but does nothing where the export is larger already.
+    ///
+    /// # Errors
+    /// As [`Export::resize`].
+    pub async fn grow_to(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        self.grow(size).await
+    }
+
+    async fn grow(&self, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if size <= geometry.size {
+            return Ok(());
+        }
+        if !geometry.capabilities.contains(Capabilities::GROW) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot grow"));
+        }
+        if !size.is_multiple_of(u64::from(geometry.min_block)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the size is not a multiple of the minimum block",
+            ));
+        }
+        self.backend.grow(size).await?;
+        tracing::info!(export = self.name, from = geometry.size, to = size, "the export has grown");
+        self.size.send_replace(self.geometry().size);
+        Ok(())
+    }
+
+    /// The size in bytes, and each change of it by [`Export::resize`].
+    pub fn watch_size(&self) -> watch::Receiver<u64> {
+        self.size.subscribe()
+    }
+
+    /// Reserves the space of a range; its data stays as it is.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `NotSupported`, `NoSpace`; `InvalidInput` for a range past the end; the source's own.
+    pub async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if !geometry.capabilities.contains(Capabilities::ALLOCATE) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot reserve space"));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > geometry.size) {
+            return Err(Error::new(ErrorKind::InvalidInput, "the range goes past the end of the export"));
+        }
+        if len == 0 { Ok(()) } else { self.backend.allocate(offset, len).await }
+    }
+
+    /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
+    pub fn allocated(&self) -> Option<u64> {
+        self.backend.allocated()
+    }
+
     async fn dispatch(&self, request: Request, data: Option<Buffer>) -> Result<Reply> {
         self.check(&request)?;
         let Request { operation, flags, offset, len } = request;
@@ -272,6 +362,11 @@ mod tests {
         };
         assert_eq!(counts(&export), (1, 2, 1));
         assert_eq!(counts(&view), (1, 2, 1));
+        let sizes = view.watch_size();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(export.resize(8192)).unwrap();
+        assert_eq!((*sizes.borrow(), view.geometry().size), (8192, 8192));
+        assert_eq!(runtime.block_on(view.resize(16_384)).unwrap_err().kind(), ErrorKind::ReadOnly);
         view.throttle().unwrap().set(ThrottleConfig::default()).unwrap();
         assert_eq!(export.throttle().unwrap().config(), ThrottleConfig::default());
     }

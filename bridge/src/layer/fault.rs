@@ -253,6 +253,18 @@ impl Backend for Fault {
             self.inner.block_status(offset, len, flags).await
         })
     }
+
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.grow(size)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.allocate(offset, len)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
+    }
 }
 
 fn injected(errno: Errno) -> Error {

@@ -10,7 +10,7 @@ use crate::{
 
 /// A source that cannot be changed through this layer.
 ///
-/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO` and `FUA`; keeps the rest. A
+/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW` and `ALLOCATE`; keeps the rest. A
 /// flush passes through: the source may hold changes that were made before.
 pub struct ReadOnly {
     inner: Arc<dyn Backend>,
@@ -31,8 +31,12 @@ impl ReadOnly {
 impl Backend for ReadOnly {
     fn geometry(&self) -> Geometry {
         let geometry = self.inner.geometry();
-        let lost =
-            Capabilities::TRIM | Capabilities::WRITE_ZEROES | Capabilities::FAST_ZERO | Capabilities::FUA;
+        let lost = Capabilities::TRIM
+            | Capabilities::WRITE_ZEROES
+            | Capabilities::FAST_ZERO
+            | Capabilities::FUA
+            | Capabilities::GROW
+            | Capabilities::ALLOCATE;
         Geometry { capabilities: geometry.capabilities.without(lost) | Capabilities::READ_ONLY, ..geometry }
     }
 
@@ -74,6 +78,10 @@ impl Backend for ReadOnly {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
     }
 }
 

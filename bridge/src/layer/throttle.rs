@@ -7,7 +7,7 @@
 //!
 //! The arithmetic is in `bucket`, the waiting in `gate`, the settings in `config`. Here is what each operation
 //! counts as: trim and zeroes are writes of their full length, cache is a read of its full length (as QEMU has
-//! it); flush and block status pass.
+//! it); flush, block status and what is about space or size pass.
 
 use std::sync::Arc;
 
@@ -150,6 +150,18 @@ impl Backend for Throttle {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.grow(size)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.allocate(offset, len)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod data;
 pub mod limits;
 pub mod paths;
+pub mod size;
 pub mod status;
 pub mod zeroes;
 

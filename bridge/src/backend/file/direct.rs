@@ -37,7 +37,7 @@ impl Blocks {
 
 impl Disk {
     fn blocks(&self, align: u64) -> Blocks {
-        Blocks { align, whole: self.geometry.size & !(align - 1) }
+        Blocks { align, whole: self.size() & !(align - 1) }
     }
 
     pub(super) async fn read_direct(&self, align: u64, offset: u64, mut buf: Buffer) -> Result<Buffer> {

@@ -245,7 +245,7 @@ impl Disk {
     fn edges_in_memory(&self, offset: u64, len: u64) -> bool {
         let end = offset + len;
         (offset.is_multiple_of(self.fast.page) || self.in_memory(offset))
-            && (end.is_multiple_of(self.fast.page) || end == self.geometry.size || self.in_memory(end - 1))
+            && (end.is_multiple_of(self.fast.page) || end == self.size() || self.in_memory(end - 1))
     }
 
     /// Whether a byte can be read without waiting.

@@ -4,6 +4,7 @@ use std::fs::{File, FileType};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
@@ -67,7 +68,9 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
         file: Arc::new(file),
         cached: cached.map(Arc::new),
         kind,
-        geometry,
+        size: AtomicU64::new(geometry.size),
+        version: AtomicU64::new(0),
+        opened: geometry,
         direct,
         gate: FlushGate::new(path),
         refused: Refused::default(),
@@ -201,6 +204,9 @@ fn geometry(
             | Capabilities::WRITE_ZEROES
             | Capabilities::FAST_ZERO
     };
+    if !options.read_only && !matches!(kind, Kind::Device(_)) {
+        capabilities = capabilities | Capabilities::GROW | Capabilities::ALLOCATE;
+    }
     if matches!(kind, Kind::Device(_)) && sys::device_rotational(file).unwrap_or(false) {
         capabilities = capabilities | Capabilities::ROTATIONAL;
     }

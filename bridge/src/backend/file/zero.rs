@@ -147,6 +147,11 @@ impl Disk {
         }
     }
 
+    /// Reserves space; false where that is not supported.
+    pub(super) async fn reserve(&self, offset: u64, len: u64) -> Result<bool> {
+        Ok(self.fallocate(Way::Allocate, offset, len).await? == Done::Yes)
+    }
+
     async fn discard(this: &Arc<Self>, offset: u64, len: u64) -> Result<()> {
         if this.refused.has(Way::Discard) {
             return Ok(());
