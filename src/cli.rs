@@ -9,6 +9,7 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod ask;
 pub(crate) mod create;
 pub(crate) mod logging;
 mod net;
@@ -25,6 +26,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use ask::{AskAction, LimitsWish};
 pub(crate) use net::{DEFAULT_PORT, NetArgs};
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
@@ -40,6 +42,8 @@ pub(crate) enum Action {
     Serve(Box<ServeArgs>),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge ps` and others: ask the servers that are running.
+    Ask(AskAction),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -115,6 +119,14 @@ enum Words {
     Net(Box<net::NetCommand>),
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// List the servers that are running, and what they serve
+    Ps(ask::PsCommand),
+    /// Show what was asked of exports: counts, bytes, errors, latencies
+    Stats(ask::StatsCommand),
+    /// Show or change the limits of an export that is being served
+    Throttle(ask::ThrottleCommand),
+    /// Make an export larger while it is being served
+    Resize(ask::ResizeCommand),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -136,6 +148,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Err(error) => Err(report(&error.into())),
         },
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Ps(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Throttle(flags) => flags.into_action().map(Action::Ask).map_err(|error| report(&error.into())),
+        Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

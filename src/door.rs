@@ -8,6 +8,7 @@ use bridge::worker::Workers;
 use bridge::{Export, LocalFuture};
 
 use crate::cli::DoorArgs;
+use crate::control::Watch;
 use crate::net::NetDoor;
 use crate::systemd::PassedSocket;
 
@@ -15,6 +16,9 @@ use crate::systemd::PassedSocket;
 pub(crate) trait Door {
     /// What a person or a script connects to, a line each.
     fn lines(&self) -> Vec<String>;
+
+    /// What the control socket tells of it. Asked once, when the door is open.
+    fn watch(&self) -> Watch;
 
     /// Serves until the door ends by itself. Cancel-safe.
     fn serve(&self) -> LocalFuture<'_, ()>;

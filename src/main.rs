@@ -3,6 +3,7 @@
 mod allocator;
 mod assemble;
 mod cli;
+mod control;
 mod daemon;
 mod door;
 mod net;
@@ -33,6 +34,7 @@ fn run(action: Action) -> Result<ExitCode> {
             serve::run(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

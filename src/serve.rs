@@ -24,7 +24,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::{DoorArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
-use crate::{assemble, systemd};
+use crate::{assemble, control, systemd};
 
 /// Serves until told to stop.
 ///
@@ -55,6 +55,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
             doors.push(door::open(door, &mut site).await?);
         }
         let mut stop = Stop::new()?;
+        let control = control::Control::start(control_site(args, &exports, &doors, &workers));
         let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
         ready.announce(&lines)?;
         // Without systemd there is nobody to tell.
@@ -68,6 +69,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
                 false
             }
         };
+        drop(control);
         anyhow::Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
@@ -85,6 +87,18 @@ fn take_sockets(doors: &[DoorArgs]) -> Result<Vec<systemd::PassedSocket>> {
         return Err(UsageError::new(message).into());
     }
     Ok(passed)
+}
+
+/// What the control socket tells of.
+fn control_site(
+    args: &ServeArgs,
+    exports: &[Arc<Export>],
+    doors: &[Box<dyn Door>],
+    workers: &Arc<Workers>,
+) -> control::Site {
+    let sources = args.exports.iter().map(|export| export.source.global());
+    let exports = exports.iter().cloned().zip(sources).collect();
+    control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
 }
 
 /// Serves until a door has ended, or a signal has come and nobody needs the doors any more.

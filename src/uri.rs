@@ -33,6 +33,13 @@ pub(crate) fn unix(socket: &Path, name: &str) -> String {
     uri
 }
 
+/// The value of a key in a query, as form data has it.
+pub(crate) fn query_value(text: &str) -> String {
+    let mut value = String::new();
+    push_encoded(&mut value, text.as_bytes(), b"");
+    value
+}
+
 /// A slash may stand in a name, but not at its start: clients skip what looks like more of the separator.
 fn push_name(uri: &mut String, name: &str) {
     let rest = name.trim_start_matches('/');

@@ -13,6 +13,7 @@ use bridge::{Export, LocalFuture};
 use super::listener::{Listener, Local, bind};
 use super::server::{Server, Settings};
 use crate::cli::{NetArgs, ProcessArgs};
+use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
 use crate::uri;
 
@@ -51,25 +52,32 @@ impl NetDoor {
             once: args.once,
         })
     }
+
+    /// One URI for each way to each export.
+    fn places(&self) -> Vec<Place> {
+        let mut places = Vec::new();
+        for listener in self.listeners.borrow().iter() {
+            for export in &self.exports {
+                let name = export.name();
+                let at = match listener.local() {
+                    Local::Tcp(address) => uri::tcp(address, name),
+                    Local::Unix(path) => uri::unix(&absolute(&path).unwrap_or(path), name),
+                    Local::Unnamed => continue,
+                };
+                places.push(Place { export: name.to_owned(), at });
+            }
+        }
+        places
+    }
 }
 
 impl Door for NetDoor {
-    /// One URI for each way to each export.
     fn lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for listener in self.listeners.borrow().iter() {
-            for export in &self.exports {
-                match listener.local() {
-                    Local::Tcp(address) => lines.push(uri::tcp(address, export.name())),
-                    Local::Unix(path) => {
-                        let path = absolute(&path).unwrap_or(path);
-                        lines.push(uri::unix(&path, export.name()));
-                    }
-                    Local::Unnamed => {}
-                }
-            }
-        }
-        lines
+        self.places().into_iter().map(|place| place.at).collect()
+    }
+
+    fn watch(&self) -> Watch {
+        Watch { kind: "net", places: self.places(), clients: Some(Arc::new(self.server.client_list())) }
     }
 
     /// Accepts on every listener; with `once` until the last client has left.
