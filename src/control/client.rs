@@ -17,7 +17,10 @@ use super::folder;
 use super::wire::Failure;
 
 /// Time for an answer; a server that is well needs a thousandth of it.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Time for a change, which storage may have to agree to.
+const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The longest answer that is read: room for a hundred thousand clients.
 const ANSWER_BYTES: usize = 32 << 20;
@@ -62,9 +65,10 @@ pub(super) async fn call<T: DeserializeOwned>(
     path: &str,
     body: Bytes,
 ) -> Result<T, CallError> {
-    tokio::time::timeout(LIMIT, exchange(socket, method, path, body))
+    let limit = if method == Method::GET { LIMIT } else { CHANGE_LIMIT };
+    tokio::time::timeout(limit, exchange(socket, method, path, body))
         .await
-        .unwrap_or_else(|_| Err(CallError::Silent(format!("no answer within {LIMIT:?}"))))
+        .unwrap_or_else(|_| Err(CallError::Silent(format!("no answer within {limit:?}"))))
 }
 
 async fn exchange<T: DeserializeOwned>(

@@ -13,10 +13,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -33,6 +34,9 @@ use super::wire::{
 
 /// The longest body of a request.
 const BODY_BYTES: usize = 16 << 10;
+
+/// Time for it to come.
+const BODY_LIMIT: Duration = Duration::from_secs(2);
 
 /// The routes of this process.
 pub(super) fn router(site: Arc<Site>) -> Router {
@@ -64,12 +68,6 @@ impl From<QueryRejection> for Refusal {
     }
 }
 
-impl From<BytesRejection> for Refusal {
-    fn from(error: BytesRejection) -> Self {
-        Refusal(error.status(), error.body_text())
-    }
-}
-
 impl From<SettingError> for Refusal {
     fn from(error: SettingError) -> Self {
         Refusal(StatusCode::BAD_REQUEST, error.to_string())
@@ -85,6 +83,21 @@ impl From<Error> for Refusal {
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Refusal(status, error.to_string())
+    }
+}
+
+/// A request's body, which must come soon.
+struct Body(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        match tokio::time::timeout(BODY_LIMIT, Bytes::from_request(request, state)).await {
+            Ok(Ok(body)) => Ok(Body(body)),
+            Ok(Err(error)) => Err(Refusal(error.status(), error.body_text())),
+            Err(_) => Err(Refusal(StatusCode::REQUEST_TIMEOUT, "the body does not come".to_owned())),
+        }
     }
 }
 
@@ -179,11 +192,11 @@ async fn limits(State(site): State<Arc<Site>>, which: WhichExport) -> Answer<Thr
 async fn change_limits(
     State(site): State<Arc<Site>>,
     which: WhichExport,
-    body: Result<Bytes, BytesRejection>,
+    Body(body): Body,
 ) -> Answer<Throttle> {
     let export = site.find(which)?;
     let throttle = throttle_of(export)?;
-    let changes: BTreeMap<String, serde_json::Value> = read_json(&body?)?;
+    let changes: BTreeMap<String, serde_json::Value> = read_json(&body)?;
     let mut config = throttle.config();
     let text = changes.iter().map(|(key, value)| setting(key, value)).collect::<Result<Vec<_>, _>>()?;
     config = config.changed(&text.join(","))?;
@@ -216,13 +229,9 @@ async fn drop_limits(State(site): State<Arc<Site>>, which: WhichExport) -> Answe
     Ok(tell_limits(export, throttle))
 }
 
-async fn resize(
-    State(site): State<Arc<Site>>,
-    which: WhichExport,
-    body: Result<Bytes, BytesRejection>,
-) -> Answer<Resized> {
+async fn resize(State(site): State<Arc<Site>>, which: WhichExport, Body(body): Body) -> Answer<Resized> {
     let export = site.find(which)?;
-    let ResizeWish { size } = read_json(&body?)?;
+    let ResizeWish { size } = read_json(&body)?;
     let (old_size, there) = (export.geometry().size, export.clone());
     // A task of the worker's: should the client leave meanwhile, it still comes to its end.
     let resized =

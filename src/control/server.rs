@@ -22,8 +22,8 @@ const CLIENTS: usize = 16;
 /// Time for a request's head.
 const HEAD_LIMIT: Duration = Duration::from_secs(2);
 
-/// Time for a client from its first byte to its last.
-const CLIENT_LIMIT: Duration = Duration::from_secs(10);
+/// Time for a client from its first byte to its last: a change of size may take long.
+const CLIENT_LIMIT: Duration = Duration::from_secs(60);
 
 /// The longest head of a request.
 const HEAD_BYTES: usize = 16 << 10;
