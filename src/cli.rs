@@ -9,7 +9,9 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod attach;
 pub(crate) mod create;
+mod fuse;
 pub(crate) mod logging;
 mod net;
 mod process;
@@ -25,6 +27,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use attach::{DetachArgs, LoopArgs};
+pub(crate) use fuse::FuseArgs;
 pub(crate) use net::{DEFAULT_PORT, NetArgs};
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
@@ -36,8 +40,12 @@ const USAGE_STATUS: u8 = 2;
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) enum Action {
-    /// `nbdbridge net`: serve.
+    /// `nbdbridge net`, `nbdbridge fuse`, `nbdbridge attach`: serve.
     Serve(Box<ServeArgs>),
+    /// `nbdbridge detach`: end an attachment.
+    Detach(DetachArgs),
+    /// `nbdbridge devices`: list attachments.
+    Devices,
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
     /// `nbdbridge completions`: print a completion script.
@@ -62,6 +70,10 @@ pub(crate) struct ServeArgs {
 pub(crate) enum DoorArgs {
     /// The NBD server.
     Net(NetArgs),
+    /// A file.
+    Fuse(FuseArgs),
+    /// A loop device over a file of its own.
+    Loop(LoopArgs),
 }
 
 impl DoorArgs {
@@ -69,7 +81,13 @@ impl DoorArgs {
     pub(crate) fn net(&self) -> Option<&NetArgs> {
         match self {
             DoorArgs::Net(args) => Some(args),
+            DoorArgs::Fuse(_) | DoorArgs::Loop(_) => None,
         }
+    }
+
+    /// Whether the kernel of this host is its user: then memory may only come free once a write through it is done.
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, DoorArgs::Fuse(_) | DoorArgs::Loop(_))
     }
 }
 
@@ -113,6 +131,14 @@ struct Cli {
 enum Words {
     /// Serve disk images to NBD clients
     Net(Box<net::NetCommand>),
+    /// Mount a disk image as one plain file, by FUSE
+    Fuse(Box<fuse::FuseCommand>),
+    /// Make a block device of a disk image, by the best way that this host has
+    Attach(Box<attach::AttachCommand>),
+    /// End what attach or fuse has made
+    Detach(DetachArgs),
+    /// List what attach and fuse have made
+    Devices,
     /// Make an empty disk image
     Create(create::CreateArgs),
     /// Print a completion script for a shell
@@ -131,12 +157,20 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         return Err(report(&UsageError::new(line).into()));
     }
     match Cli::from_arg_matches(&matches).map_err(|error| answer(&error))?.command {
-        Words::Net(flags) => match flags.into_args() {
-            Ok(args) => Ok(Action::Serve(Box::new(args))),
-            Err(error) => Err(report(&error.into())),
-        },
+        Words::Net(flags) => serve(flags.into_args()),
+        Words::Fuse(flags) => serve(flags.into_args()),
+        Words::Attach(flags) => serve(flags.into_args()),
+        Words::Detach(args) => Ok(Action::Detach(args)),
+        Words::Devices => Ok(Action::Devices),
         Words::Create(args) => Ok(Action::Create(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
+    }
+}
+
+fn serve(args: Result<ServeArgs, UsageError>) -> Result<Action, ExitCode> {
+    match args {
+        Ok(args) => Ok(Action::Serve(Box::new(args))),
+        Err(error) => Err(report(&error.into())),
     }
 }
 

@@ -16,7 +16,9 @@ fn serve(line: &str) -> ServeArgs {
 }
 
 fn net(line: &str) -> NetArgs {
-    let [DoorArgs::Net(net)] = <[DoorArgs; 1]>::try_from(serve(line).doors).expect(line);
+    let [DoorArgs::Net(net)] = <[DoorArgs; 1]>::try_from(serve(line).doors).expect(line) else {
+        panic!("{line}")
+    };
     net
 }
 
