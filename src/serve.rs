@@ -24,7 +24,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::{DoorArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
-use crate::{assemble, control, systemd};
+use crate::{assemble, control, io_flusher, systemd};
 
 /// Serves until told to stop.
 ///
@@ -42,6 +42,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         Ready::foreground()
     };
     let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
+    args.doors.iter().try_for_each(door::prepare)?;
+    if args.doors.iter().any(DoorArgs::is_local) {
+        io_flusher::become_one();
+    }
     let exports = assemble::exports(&args.exports, &args.source)?;
     let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -49,9 +53,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         .build()
         .context("cannot start the event loop")?;
     let status = runtime.block_on(async {
-        let mut site = Site { exports: &exports, workers: &workers, process, passed };
+        let mut site = Site { exports: &exports, args: &args.exports, workers: &workers, process, passed };
         let mut doors = Vec::new();
-        for door in &args.doors {
+        // The kernel's caches behind one door do not hear of what is written through another.
+        let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();
+        for (n, door) in args.doors.iter().enumerate() {
+            site.exports = if n == 0 || args.multi_writer { &exports } else { &views };
             doors.push(door::open(door, &mut site).await?);
         }
         let mut stop = Stop::new()?;

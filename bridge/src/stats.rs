@@ -56,6 +56,11 @@ impl Stats {
         }
     }
 
+    /// How many requests of one operation were answered up to now.
+    pub fn count(&self, operation: Operation) -> u64 {
+        self.shards.iter().map(|shard| shard.cells[operation as usize].count.load(Relaxed)).sum()
+    }
+
     /// One operation's figures up to now.
     pub fn of(&self, operation: Operation) -> OperationStats {
         let mut sum = OperationStats::default();
@@ -142,6 +147,7 @@ mod tests {
         assert_eq!((read.count, read.errors, read.bytes), (20_000, 2_000, 18_000 * 512));
         assert_eq!(read.latency.iter().sum::<u64>(), 20_000);
         assert_eq!(stats.of(Operation::Write), OperationStats::default());
+        assert_eq!((stats.count(Operation::Read), stats.count(Operation::Write)), (20_000, 0));
     }
 
     #[test]
