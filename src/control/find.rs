@@ -39,18 +39,24 @@ pub(super) struct Target<'a> {
     pub(super) export: &'a ExportInfo,
 }
 
+/// Where root's servers are, and beside it those that a service manager runs.
+const RUN: &str = "/run";
+
 /// The folders in which this user may find servers.
-pub(super) fn folders() -> Vec<PathBuf> {
+fn folders() -> Vec<PathBuf> {
     let own = folder::path();
-    // Where a service manager makes a folder for each service. Nobody but root makes any in /run.
-    let more = if own == Path::new("/run/nbdbridge") { std::fs::read_dir("/run").ok() } else { None };
-    let more = more.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    let is_ours = |path: &PathBuf| {
+    let more = if own.parent() == Some(Path::new(RUN)) { of_services(Path::new(RUN)) } else { Vec::new() };
+    std::iter::once(own).chain(more).collect()
+}
+
+/// `nbdbridge-NAME`, which a service manager makes for each service; nobody but root makes any in /run.
+fn of_services(run: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(run).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let is_one = |path: &PathBuf| {
         path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"nbdbridge-")) && path.is_dir()
     };
-    let mut folders: Vec<_> = more.filter(is_ours).collect();
+    let mut folders: Vec<_> = entries.filter(is_one).collect();
     folders.sort();
-    folders.insert(0, own);
     folders
 }
 
@@ -227,6 +233,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn services_have_folders_of_their_own() {
+        let run = tempfile::tempdir().unwrap();
+        for name in ["nbdbridge-b", "nbdbridge-a", "nbdbridge", "other"] {
+            std::fs::create_dir(run.path().join(name)).unwrap();
+        }
+        std::fs::write(run.path().join("nbdbridge-c"), "").unwrap();
+        assert_eq!(of_services(run.path()), ["nbdbridge-a", "nbdbridge-b"].map(|name| run.path().join(name)));
+        assert!(of_services(&run.path().join("none")).is_empty());
     }
 
     #[test]

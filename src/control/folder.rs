@@ -4,6 +4,7 @@
 //! |---|---|
 //! | whoever sets `NBDBRIDGE_RUNTIME_DIR` | that one |
 //! | root | `/run/nbdbridge` |
+//! | a service of `contrib/systemd` | `/run/nbdbridge-NAME` (by that variable); root looks there too |
 //! | a user | `$XDG_RUNTIME_DIR/nbdbridge`, else `/run/user/UID/nbdbridge`, else `/tmp/nbdbridge-UID` |
 //!
 //! A process that was killed leaves its socket behind; whoever finds that nobody listens there removes it.
