@@ -12,6 +12,7 @@
 mod also;
 mod ask;
 mod attach;
+mod bench;
 pub(crate) mod create;
 mod fuse;
 pub(crate) mod logging;
@@ -31,8 +32,9 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use ask::{AskAction, LimitsWish};
 pub(crate) use attach::{DetachArgs, LoopArgs};
+pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
-pub(crate) use net::{DEFAULT_PORT, NetArgs};
+pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
 pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
@@ -53,6 +55,8 @@ pub(crate) enum Action {
     Create(create::CreateArgs),
     /// `nbdbridge ps` and others: ask the servers that are running.
     Ask(AskAction),
+    /// `nbdbridge bench`: measure a server.
+    Bench(Box<BenchArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -156,6 +160,8 @@ enum Words {
     Throttle(ask::ThrottleCommand),
     /// Make an export larger while it is being served
     Resize(ask::ResizeCommand),
+    /// Measure an NBD server
+    Bench(Box<bench::BenchCommand>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -182,6 +188,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Throttle(flags) => flags.into_action().map(Action::Ask).map_err(|error| report(&error.into())),
         Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Bench(flags) => match flags.into_args() {
+            Ok(args) => Ok(Action::Bench(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

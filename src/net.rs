@@ -17,6 +17,7 @@ mod connection;
 mod directory;
 mod door;
 mod input;
+mod linger;
 mod listener;
 mod output;
 mod pass;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use nbd_proto::DEFAULT_PORT;
 
 use super::also::Writers;
 use super::fuse::AlsoFuse;
@@ -15,9 +16,6 @@ use super::source::{ExportArg, SourceFlags};
 use super::values::{self, Host, Listen, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 use crate::net::Settings;
-
-/// The port that the protocol's registration names.
-pub(crate) const DEFAULT_PORT: u16 = 10809;
 
 /// What the NBD server was asked to do.
 #[derive(Debug)]

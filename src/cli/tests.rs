@@ -200,7 +200,7 @@ fn a_second_door_has_all_flags_of_the_server() {
     );
     let args = fuse("disk.img file --also-net --multi-writer").unwrap();
     let net = args.doors[1].net().unwrap();
-    assert!(args.multi_writer && net.listen_or_default() == [local(DEFAULT_PORT)]);
+    assert!(args.multi_writer && net.listen_or_default() == [local(10809)]);
     // None of them means anything without it.
     for flags in ["-k s", "-p 1", "-b ::1", "-x name", "-e 1", "--memory-budget 1G", "--send-timeout 5", "-t"]
     {

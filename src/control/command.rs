@@ -16,7 +16,7 @@ use super::wire::{
     ClientReport, ExportStats, LAST_BOUND_US, Limits, OperationCount, ResizeWish, Resized, Throttle,
 };
 use crate::cli::{AskAction, LimitsWish};
-use crate::{size, uri};
+use crate::size;
 
 /// Does it.
 ///
@@ -179,7 +179,8 @@ async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
 
 /// Where `target` is asked about `what`.
 fn path(what: &str, target: Target<'_>) -> String {
-    format!("/v1/{what}?export={}", uri::query_value(&target.export.name))
+    let name: String = form_urlencoded::byte_serialize(target.export.name.as_bytes()).collect();
+    format!("/v1/{what}?export={name}")
 }
 
 fn explain(server: &Server, error: CallError) -> anyhow::Error {

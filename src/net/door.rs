@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 use bridge::{Export, LocalFuture};
+use nbd_proto::uri::Uri;
 
 use super::listener::{Listener, Local, bind};
 use super::server::{Server, Settings};
 use crate::cli::{NetArgs, ProcessArgs};
 use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
-use crate::uri;
 
 /// A client that stops for so long in the middle of a request is dropped.
 const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,8 +60,8 @@ impl NetDoor {
             for export in &self.exports {
                 let name = export.name();
                 let at = match listener.local() {
-                    Local::Tcp(address) => uri::tcp(address, name),
-                    Local::Unix(path) => uri::unix(&absolute(&path).unwrap_or(path), name),
+                    Local::Tcp(address) => Uri::tcp(address, name).to_string(),
+                    Local::Unix(path) => Uri::unix(&absolute(&path).unwrap_or(path), name).to_string(),
                     Local::Unnamed => continue,
                 };
                 places.push(Place { export: name.to_owned(), at });
