@@ -12,7 +12,10 @@ const STEP: u64 = 64 << 30;
 /// Space that took so long to count is not counted to the end.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// A count is kept for so many times what it cost, where data changes all the time.
+/// A count that took less is made anew after each change.
+const CHEAP: Duration = Duration::from_millis(20);
+
+/// A dearer one is kept for so many times what it cost.
 const KEEP_FOR: u32 = 50;
 
 /// What a file has besides its data.
@@ -87,7 +90,9 @@ impl Attributes {
         if !whole {
             tracing::debug!("the space of the export takes long to count: the rest counts as taken");
         }
-        let until = begun + begun.elapsed() * (KEEP_FOR + 1);
+        let cost = begun.elapsed();
+        let keep = if cost < CHEAP { Duration::ZERO } else { cost * KEEP_FOR };
+        let until = Instant::now() + keep;
         self.state().counted = Some(Counted { bytes, changes, size, until });
         self.with_space(export, bytes)
     }

@@ -7,6 +7,7 @@
 #![allow(dead_code, unused_imports)]
 
 mod client;
+pub(crate) mod mount;
 mod negotiation;
 mod random;
 mod server;
