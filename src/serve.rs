@@ -67,11 +67,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         ready.announce(&lines)?;
         // Without systemd there is nobody to tell.
         let _ = systemd::notify("READY=1");
-        serve(&doors, &mut stop).await;
+        let told = serve(&doors, &mut stop).await;
         let _ = systemd::notify("STOPPING=1");
         let all_well = tokio::select! {
             all_well = end(&doors, &exports, &workers) => all_well,
-            () = stop.wait() => {
+            () = stop.again(told) => {
                 tracing::warn!("told again to stop: ending at once");
                 false
             }
@@ -108,11 +108,11 @@ fn control_site(
     control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
 }
 
-/// Serves until a door has ended, or a signal has come and nobody needs the doors any more.
-async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) {
+/// Serves until a door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.
+async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) -> bool {
     let mut ended = pin!(first(doors.iter().map(|door| door.serve()).collect()));
     tokio::select! {
-        () = &mut ended => return,
+        () = &mut ended => return false,
         () = stop.wait() => tracing::info!("stopping"),
     }
     tokio::select! {
@@ -120,6 +120,7 @@ async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) {
         () = ended => {}
         () = stop.wait() => tracing::warn!("told again to stop: ending although it is in use"),
     }
+    true
 }
 
 /// Closes the doors, then flushes what came through them. False where not everything went well.
@@ -187,6 +188,14 @@ impl Stop {
     fn new() -> Result<Self> {
         let handle = |kind| signal(kind).context("cannot handle signals");
         Ok(Stop { terminate: handle(SignalKind::terminate())?, interrupt: handle(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one more than the first; whether that has come already is `told`.
+    async fn again(&mut self, told: bool) {
+        if !told {
+            self.wait().await;
+        }
+        self.wait().await;
     }
 
     /// Waits for the next one. Cancel-safe.

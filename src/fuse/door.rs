@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bridge::{Budget, Capabilities, Export, LocalFuture};
 use fuser::{Config, Session, SessionACL};
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{RwLock, Semaphore, watch};
 
 use super::attributes::Attributes;
 use super::file::DiskFile;
@@ -189,6 +189,7 @@ fn start(
     point: &Point,
 ) -> Result<watch::Receiver<bool>> {
     let account = Budget::new(MEMORY_BUDGET).open_account().context("no memory for requests")?;
+    let threads = args.threads.unwrap_or_else(default_threads).max(1);
     let file = DiskFile {
         attributes: Arc::new(Attributes::new(point.mode, point.uid, point.gid, &export)),
         export,
@@ -196,10 +197,11 @@ fn start(
         account: Arc::new(account),
         runtime: Handle::current(),
         growable: args.growable,
+        patience: Semaphore::new(threads - 1),
         blocks: Arc::new(RwLock::new(())),
     };
     let mut config = Config::default();
-    config.n_threads = Some(args.threads.unwrap_or_else(default_threads));
+    config.n_threads = Some(threads);
     config.clone_fd = mount::can_open_device();
     let session = Session::from_fd(file, device, SessionACL::All, config)
         .with_context(|| format!("{}: no understanding with the kernel's FUSE", point.path.display()))?;

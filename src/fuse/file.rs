@@ -16,6 +16,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
+use tokio::sync::{RwLock, Semaphore};
 
 use super::attributes::{Attributes, Change};
 use super::translate::{self, Space, errno};
@@ -26,6 +27,9 @@ pub(super) const MAX_BYTES: u32 = 1 << 20;
 /// Requests that the kernel sends ahead of their answers (asynchronous I/O). Users who are not root get what
 /// /sys/module/fuse/parameters/max_user_bgreq allows.
 const MAX_BACKGROUND: u16 = 512;
+
+/// A write of more than this is large: to copy it for a worker costs more than a moment of waiting.
+const LARGE_BYTES: usize = 64 << 10;
 
 /// Sizes and space change without the kernel's doing: it is to ask each time.
 pub(super) const NO_TIME: Duration = Duration::ZERO;
@@ -46,8 +50,10 @@ pub(super) struct DiskFile {
     pub(super) attributes: Arc<Attributes>,
     /// Writes past the end make the export longer.
     pub(super) growable: bool,
+    /// Threads that may wait for storage in a large write; the others stay for what is quick.
+    pub(super) patience: Semaphore,
     /// Held by whoever writes part of a block, and shared by those who write whole ones; see `slow`.
-    pub(super) blocks: Arc<tokio::sync::RwLock<()>>,
+    pub(super) blocks: Arc<RwLock<()>>,
 }
 
 /// How much of a write there is room for.
@@ -169,7 +175,9 @@ impl Filesystem for DiskFile {
         if grow || !honoured || self.has_blocks() {
             return self.slow_write(asked, data, grow, reply, arrived);
         }
-        match self.export.try_execute(&asked, Data::From(data), arrived) {
+        let patience = if len > LARGE_BYTES { self.patience.try_acquire().ok() } else { None };
+        let how = if patience.is_some() { asked.flags | Flags::PATIENT } else { asked.flags };
+        match self.export.try_execute(&asked.with_flags(how), Data::From(data), arrived) {
             Some(Ok(())) => reply.written(u32::try_from(len).unwrap_or(0)),
             Some(Err(error)) => reply.error(errno(&error)),
             None => self.slow_write(asked, data, grow, reply, arrived),
