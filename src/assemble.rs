@@ -64,7 +64,7 @@ fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits) -> Result<Ar
         stack = Box::new(ReadOnly::new(stack));
     }
     let stack = limits.lay(stack, &export.name)?;
-    Ok(Export::new(export.name.clone(), export.description.clone(), stack))
+    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack))
 }
 
 fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn Backend>> {

@@ -85,7 +85,7 @@ impl Limits {
     ///
     /// # Errors
     /// One line, where words that are right by themselves are not so together.
-    pub(super) fn lay(&self, mut stack: Box<dyn Backend>, export: &str) -> Result<Box<dyn Backend>> {
+    pub(super) fn lay(&self, mut stack: Box<dyn Backend>, export: &str) -> Result<Throttle> {
         for group in &self.groups {
             let member =
                 group.members.is_empty() || group.members.iter().flatten().any(|name| name == export);
@@ -99,7 +99,7 @@ impl Limits {
             let own = self.own.iter().filter(|(name, _)| name.as_deref() == member);
             settings.extend(own.map(|(_, settings)| settings.as_str()));
         }
-        Ok(Box::new(Throttle::new(stack, config(&settings.join(","))?).map_err(usage)?))
+        Throttle::new(stack, config(&settings.join(","))?).map_err(usage)
     }
 }
 
@@ -133,10 +133,10 @@ mod tests {
         let limits = parse(options).unwrap();
         let stack = |name: &&str| limits.lay(Box::new(NullBackend::new(1 << 30)), name).unwrap();
         let stacks: Vec<_> = order.iter().map(stack).collect();
-        let reads = |stack: &dyn Backend| {
+        let reads = |stack: &Throttle| {
             (0..5000).take_while(|_| stack.try_read(0, &mut [0], Flags::NONE).is_some()).count()
         };
-        stacks.iter().map(|stack| reads(&**stack)).collect()
+        stacks.iter().map(reads).collect()
     }
 
     /// A bucket holds a tenth of a second and one more; it leaks a little while it is filled.

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use nbd_proto::DEFAULT_PORT;
 
+use super::also::Writers;
+use super::fuse::AlsoFuse;
 use super::process::ProcessFlags;
 use super::source::{ExportArg, SourceFlags};
 use super::values::{self, Host, Listen, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 use crate::net::Settings;
-
-/// The port that the protocol's registration names.
-pub(crate) const DEFAULT_PORT: u16 = 10809;
 
 /// What the NBD server was asked to do.
 #[derive(Debug)]
@@ -75,6 +75,12 @@ pub(super) struct NetCommand {
     net: NetFlags,
 
     #[command(flatten)]
+    also: AlsoFuse,
+
+    #[command(flatten)]
+    writers: Writers,
+
+    #[command(flatten)]
     image: SourceFlags,
 
     #[command(flatten)]
@@ -108,7 +114,8 @@ impl NetCommand {
         Ok(ServeArgs {
             source: self.image.into_args(&exports)?,
             exports,
-            doors: vec![DoorArgs::Net(net.into_args())],
+            doors: std::iter::once(DoorArgs::Net(net.into_args())).chain(self.also.into_door()).collect(),
+            multi_writer: self.writers.multi_writer,
             process: self.process.into_args(),
         })
     }

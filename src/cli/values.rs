@@ -32,6 +32,18 @@ pub(crate) enum Source {
     Null(u64),
 }
 
+impl Source {
+    /// What it is called outside of this process: a path does not hang on our working folder.
+    pub(crate) fn global(&self) -> String {
+        match self {
+            Source::Path(path) => {
+                std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
+            }
+            source => source.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

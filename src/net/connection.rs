@@ -8,6 +8,7 @@ use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 use bridge::{Account, Charge, Export, FileRange};
 use nbd_proto::{Negotiated, ReplyStyle, TransmissionFlags};
@@ -22,6 +23,9 @@ use super::translate::{ALLOCATION_DEPTH, BASE_ALLOCATION};
 
 /// A connection in its transmission phase.
 pub(super) struct Connection {
+    /// Who it is, for people.
+    pub(super) peer: String,
+    pub(super) since: Instant,
     pub(super) socket: Socket,
     pub(super) export: Arc<Export>,
     pub(super) style: ReplyStyle,
@@ -63,6 +67,7 @@ impl Contexts {
 impl Connection {
     /// The transmission phase of `socket`, as the handshake settled it.
     pub(super) fn new(
+        peer: &str,
         socket: Socket,
         export: Arc<Export>,
         negotiated: &Negotiated,
@@ -72,6 +77,8 @@ impl Connection {
         let id =
             |name| negotiated.contexts.iter().find(|context| context.name == name).map(|context| context.id);
         Rc::new(Connection {
+            peer: peer.to_owned(),
+            since: Instant::now(),
             socket,
             export,
             style: negotiated.style,
@@ -292,7 +299,7 @@ impl Drop for Listed {
 }
 
 /// Calls `each` for every connection of this worker.
-pub(super) fn for_each_here(each: impl Fn(&Connection)) {
+pub(super) fn for_each_here(each: impl FnMut(&Connection)) {
     let all: Vec<_> = HERE.with_borrow(|here| here.values().filter_map(Weak::upgrade).collect());
-    all.iter().for_each(|connection| each(connection));
+    all.iter().map(Rc::as_ref).for_each(each);
 }

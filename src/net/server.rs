@@ -9,6 +9,7 @@ use bridge::worker::Workers;
 use bridge::{Budget, Export};
 use tokio::sync::watch;
 
+use super::clients::ClientList;
 use super::connection::for_each_here;
 use super::directory::Exports;
 use super::session;
@@ -107,6 +108,11 @@ impl Server {
             let _seat = seat;
             session::serve(shared, fd, id, peer, account).await;
         });
+    }
+
+    /// What tells of its clients.
+    pub(crate) fn client_list(&self) -> ClientList {
+        ClientList::new(self.workers.clone())
     }
 
     /// Waits until one more client is welcome.

@@ -1,6 +1,7 @@
 //! Refuses every change. A guard for exports that must not be written, whatever the backend could do.
 
 use std::future::ready;
+use std::sync::Arc;
 
 use crate::{
     Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture,
@@ -12,12 +13,17 @@ use crate::{
 /// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW` and `ALLOCATE`; keeps the rest. A
 /// flush passes through: the source may hold changes that were made before.
 pub struct ReadOnly {
-    inner: Box<dyn Backend>,
+    inner: Arc<dyn Backend>,
 }
 
 impl ReadOnly {
     /// `inner`, protected.
     pub fn new(inner: Box<dyn Backend>) -> Self {
+        ReadOnly { inner: Arc::from(inner) }
+    }
+
+    /// A protected way to a source that others may change meanwhile.
+    pub fn over(inner: Arc<dyn Backend>) -> Self {
         ReadOnly { inner }
     }
 }
