@@ -11,13 +11,13 @@ use tokio::sync::oneshot;
 
 /// Whether a range may be held together with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(in crate::backend) enum Mode {
     Shared,
     Exclusive,
 }
 
 /// The locks of one file.
-pub(super) struct RangeLocks {
+pub(in crate::backend) struct RangeLocks {
     unit: u64,
     claims: Mutex<Claims>,
 }
@@ -39,19 +39,19 @@ struct Claim {
 }
 
 /// A held range; given back when dropped. While it is still waited for, dropping it leaves the queue.
-pub(super) struct RangeLock<'a> {
+pub(in crate::backend) struct RangeLock<'a> {
     locks: &'a RangeLocks,
     id: u64,
 }
 
 impl RangeLocks {
     /// Locks whose ranges are rounded out to multiples of `unit` bytes, a power of two.
-    pub(super) fn new(unit: u64) -> Self {
+    pub(in crate::backend) fn new(unit: u64) -> Self {
         RangeLocks { unit, claims: Mutex::default() }
     }
 
     /// Waits for a range to be free and takes it. Cancel-safe.
-    pub(super) async fn lock(&self, start: u64, end: u64, mode: Mode) -> RangeLock<'_> {
+    pub(in crate::backend) async fn lock(&self, start: u64, end: u64, mode: Mode) -> RangeLock<'_> {
         let start = start & !(self.unit - 1);
         let end = end.checked_next_multiple_of(self.unit).unwrap_or(u64::MAX);
         let (lock, granted) = {
