@@ -20,6 +20,8 @@ mod header;
 mod host;
 mod map;
 mod probe;
+#[cfg(test)]
+mod tests;
 mod thread;
 mod write;
 

@@ -315,7 +315,7 @@ impl ImplicitOpenGate<Host> for Extents<'_, '_> {
 }
 
 /// Where the image's own structures lie, which no guest's data may.
-fn metadata(header: &Header) -> Vec<std::ops::Range<u64>> {
+pub(super) fn metadata(header: &Header) -> Vec<std::ops::Range<u64>> {
     if header.version == 0 || header.external_data() {
         return Vec::new();
     }

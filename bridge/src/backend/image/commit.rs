@@ -49,7 +49,10 @@ pub(super) async fn commit(host: &Host, data_file: Option<&Host>) -> io::Result<
         }
         first.insert(number, larger);
     }
-    for step in [first, sorted.refcount_table, sorted.pointers] {
+    // Guests' data, too, is durable before anything names its place: the first sync comes whatever else does.
+    write(host, &first).await?;
+    host.file().flush().await.map_err(to_io)?;
+    for step in [sorted.refcount_table, sorted.pointers] {
         if !step.is_empty() {
             write(host, &step).await?;
             host.file().flush().await.map_err(to_io)?;
@@ -73,7 +76,7 @@ struct Sorted {
 async fn sort(host: &Host, blocks: &Blocks) -> io::Result<Sorted> {
     // The first block holds all the numbers that are needed here.
     let old = parse(&host.read_file(0, index(BLOCK)).await?)?;
-    let new = parse(&host.read(0, index(BLOCK)).await?)?;
+    let new = header_of(host).await?;
     let cluster = old.cluster_size();
     let dirty: BTreeSet<u64> = blocks.keys().map(|number| number * BLOCK / cluster * cluster).collect();
     let old_refcounts = named(host, reftable(&old), u64::MAX << 9, &dirty).await?;
@@ -132,6 +135,11 @@ async fn named(
         at += bytes.len() as u64;
     }
     Ok(found)
+}
+
+/// The numbers of the header as it is now.
+pub(super) async fn header_of(host: &Host) -> io::Result<Header> {
+    parse(&host.read(0, index(BLOCK)).await?)
 }
 
 fn parse(block: &[u8]) -> io::Result<Header> {

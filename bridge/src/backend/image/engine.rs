@@ -16,7 +16,7 @@
 //! imago's futures hold locks across waits, and must not be dropped half-way by a client that leaves: here every one of
 //! them is a task of this thread, which polls it to its end whoever waits for it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
@@ -26,7 +26,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use imago::{FormatAccess, Mapping};
 use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
 
-use super::commit;
+use super::{chain, commit};
 use super::host::{Host, from_io};
 use super::map::Place;
 use super::{Parts, Shared};
@@ -77,7 +77,7 @@ pub(super) struct Engine {
     /// Clusters were freed that the file still names.
     pub(super) freed: Cell<bool>,
     /// Places in the first file that hold metadata: no image in good order has data there.
-    metadata: Vec<Range<u64>>,
+    metadata: RefCell<Vec<Range<u64>>>,
 }
 
 impl Engine {
@@ -95,7 +95,7 @@ impl Engine {
             gate: RwLock::default(),
             allocations: Semaphore::new(ALLOCATIONS),
             freed: Cell::new(false),
-            metadata: parts.metadata,
+            metadata: RefCell::new(parts.metadata),
         })
     }
 
@@ -168,7 +168,7 @@ impl Engine {
         }
         if writable
             && file == self.top.number()
-            && self.metadata.iter().any(|taken| offset < taken.end && taken.start < end)
+            && self.metadata.borrow().iter().any(|taken| offset < taken.end && taken.start < end)
         {
             return Err(malformed("data in the place of metadata: `qemu-img check` tells more"));
         }
@@ -223,11 +223,16 @@ impl Engine {
         Ok(true)
     }
 
+    /// Whether an allocation could meet clusters that the file still names.
+    pub(super) fn has_freed(&self) -> bool {
+        self.freed.get() || self.top.moved()
+    }
+
     /// Passes the gate for an allocation. What was freed before is out of the file then.
     pub(super) async fn pass(&self) -> Result<RwLockReadGuard<'_, ()>> {
         loop {
             let pass = self.gate.read().await;
-            if !self.freed.get() {
+            if !self.has_freed() {
                 return Ok(pass);
             }
             drop(pass);
@@ -244,11 +249,17 @@ impl Engine {
     /// The same for whoever has passed the gate alone.
     pub(super) async fn commit_alone(&self) -> Result<()> {
         if self.dirty() {
+            let moved = self.top.moved();
             let done = async {
                 self.image.flush().await?;
-                commit::commit(&self.top, self.data_file.as_ref()).await
+                commit::commit(&self.top, self.data_file.as_ref()).await?;
+                if moved {
+                    let header = commit::header_of(&self.top).await?;
+                    *self.metadata.borrow_mut() = chain::metadata(&header);
+                }
+                Ok(())
             };
-            done.await.map_err(|error| from_io(&error))?;
+            done.await.map_err(|error: io::Error| from_io(&error))?;
             self.shared.dirty.store(false, Release);
         }
         self.freed.set(false);
@@ -340,8 +351,6 @@ impl Engine {
             }
             _ => from_io(&error),
         })?;
-        // Its old tables' clusters are free.
-        self.freed.set(true);
         self.commit_alone().await?;
         self.shared.set_size(size);
         Ok(())

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use imago::Storage;
@@ -40,6 +41,11 @@ struct Inner {
     kept: Option<Mutex<Blocks>>,
     /// Held while part of a block is filled in.
     filling: tokio::sync::Mutex<()>,
+    /// The header was written: a table may have moved, and left its clusters.
+    moved: AtomicBool,
+    /// Nothing is kept back: for the test that shows why it is.
+    #[cfg(test)]
+    at_once: AtomicBool,
     helper: CommonStorageHelper,
 }
 
@@ -68,6 +74,9 @@ impl Host {
             size,
             kept,
             filling: tokio::sync::Mutex::default(),
+            moved: AtomicBool::new(false),
+            #[cfg(test)]
+            at_once: AtomicBool::new(false),
             helper: CommonStorageHelper::default(),
         }))
     }
@@ -90,8 +99,19 @@ impl Host {
         self.blocks().map_or(0, |blocks| blocks.len() as u64 * BLOCK)
     }
 
+    #[cfg(test)]
+    pub(super) fn write_at_once(&self) {
+        self.0.at_once.store(true, Relaxed);
+    }
+
+    /// Whether a table may have moved since the last commit.
+    pub(super) fn moved(&self) -> bool {
+        self.0.moved.load(Relaxed)
+    }
+
     /// Forgets what is kept back: it is in the file now.
     pub(super) fn clear_kept(&self) {
+        self.0.moved.store(false, Relaxed);
         if let Some(mut blocks) = self.blocks() {
             blocks.clear();
         }
@@ -148,6 +168,9 @@ impl Host {
             .filter(|end| *end <= self.0.file.geometry().size)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
         let _filling = self.0.filling.lock().await;
+        if offset < BLOCK {
+            self.0.moved.store(true, Relaxed);
+        }
         let first = offset / BLOCK * BLOCK;
         let mut whole = Vec::new();
         let whole: &[u8] = if first == offset && end.is_multiple_of(BLOCK) {
@@ -158,6 +181,11 @@ impl Host {
             whole[index(offset - first)..][..bytes.len()].copy_from_slice(bytes);
             &whole
         };
+        #[cfg(test)]
+        if self.0.at_once.load(Relaxed) {
+            let write = self.0.file.write(first, Buffer::copy_of(whole), Flags::NONE);
+            return write.await.map_err(to_io);
+        }
         let Some(mut blocks) = self.blocks() else { return Ok(()) };
         for (number, block) in (first / BLOCK..).zip(whole.as_chunks().0) {
             blocks.insert(number, Box::new(*block));

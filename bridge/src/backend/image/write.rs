@@ -94,12 +94,21 @@ impl Engine {
         let head = self.before(first..offset).await?;
         let tail = self.before(stop..last).await?;
 
-        let pass = self.pass().await?;
-        let prepared = self
-            .image
-            .prepare_data_mapping(first, last - first, true)
-            .await
-            .map_err(|error| from_io(&error))?;
+        let (pass, prepared) = loop {
+            let pass = self.pass().await?;
+            self.set_dirty();
+            let prepared = self
+                .image
+                .prepare_data_mapping(first, last - first, true)
+                .await
+                .map_err(|error| from_io(&error))?;
+            if !self.has_freed() {
+                break (pass, prepared);
+            }
+            // Another allocation, or this one, has freed clusters meanwhile: these may be among them.
+            drop(prepared);
+            drop(pass);
+        };
         let (file, place) = (prepared.storage().number(), prepared.offset());
         let end = first + prepared.length();
         let stop = stop.min(end);
@@ -126,11 +135,8 @@ impl Engine {
             }
         };
         self.file(file).write(at(start), store, Flags::NONE).await?;
-        self.set_dirty();
+        self.freed.set(self.freed.get() || replaces);
         self.image.commit_data_mapping(prepared).await.map_err(|error| from_io(&error))?;
-        if replaces {
-            self.freed.set(true);
-        }
         self.publish(first, end - first, Place::File { file, offset: place, writable: true });
         drop(pass);
         Ok(bytes.len())
