@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
-use bridge::backend::file::{FileBackend, FileOptions};
+use bridge::backend::file::FileOptions;
+use bridge::backend::image::open_any;
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::{Fault, ReadOnly, Slice, Throttle, ThrottleConfig};
@@ -52,7 +53,11 @@ fn assemble(export: &ExportArg, args: &SourceArgs, throttle: &ThrottleConfig) ->
     Ok(Export::new(export.name.clone(), export.description.clone(), stack))
 }
 
-fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
+/// Opens a source as it is, without layers.
+///
+/// # Errors
+/// One line that names it.
+pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),
@@ -65,10 +70,12 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
                 "{source}: does not exist, and --create with --read-only would make a disk nobody can fill"
             );
         }
-        create::create_image(path, size, false)?;
+        match args.format {
+            None | Some(Format::Raw) => create::create_image(path, size, false)?,
+            Some(format) => create::create_empty(path, format, size)?,
+        }
         tracing::info!("{source}: made, {size} bytes");
     }
-    let Format::Raw = args.format;
     let options = FileOptions {
         read_only: args.read_only,
         cache: match args.cache {
@@ -89,5 +96,5 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
         },
         lock: args.lock,
     };
-    Ok(Box::new(FileBackend::open(path, &options)?))
+    Ok(open_any(path, args.format, options, args.allow_backing.any())?)
 }

@@ -10,6 +10,7 @@
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
 pub(crate) mod create;
+mod info;
 pub(crate) mod logging;
 mod net;
 mod process;
@@ -25,6 +26,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use info::InfoArgs;
 pub(crate) use net::{DEFAULT_PORT, NetArgs};
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
@@ -40,6 +42,8 @@ pub(crate) enum Action {
     Serve(Box<ServeArgs>),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge info`: tell about a source.
+    Info(InfoArgs),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -115,6 +119,8 @@ enum Words {
     Net(Box<net::NetCommand>),
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// Tell what a disk image is
+    Info(InfoArgs),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -136,6 +142,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Err(error) => Err(report(&error.into())),
         },
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

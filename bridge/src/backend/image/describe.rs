@@ -31,8 +31,6 @@ pub struct Description {
     pub data_file: Option<PathBuf>,
     /// The images below it, top down.
     pub chain: Vec<ChainLink>,
-    /// Why it cannot be served, if it cannot.
-    pub problem: Option<String>,
 }
 
 /// An image below another one.
@@ -62,10 +60,8 @@ pub fn describe(
         _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", source },
     })?;
     let header = if format == ImageFormat::Qcow2 { Some(header::load(path)?) } else { None };
-    let (layers, problem) = match follow(path, format, any_backing) {
-        Ok(layers) => (layers, None),
-        Err(error) => (Vec::new(), Some(error.to_string())),
-    };
+    // What keeps it from being opened is said by whoever opens it.
+    let layers = follow(path, format, any_backing).unwrap_or_default();
     Ok(Description {
         format,
         size: header.as_ref().map(|header| header.size),
@@ -81,6 +77,5 @@ pub fn describe(
             .skip(1)
             .map(|layer| ChainLink { path: layer.path, format: layer.format })
             .collect(),
-        problem,
     })
 }
