@@ -20,6 +20,7 @@ mod header;
 mod host;
 mod map;
 mod probe;
+mod refcounts;
 #[cfg(test)]
 mod tests;
 mod thread;
@@ -171,7 +172,8 @@ impl ImageBackend {
             written,
             size: AtomicU64::new(size),
             version: AtomicU64::new(0),
-            dirty: AtomicBool::new(false),
+            // Opening may have changed the header: flags that no writer may leave as they were.
+            dirty: AtomicBool::new(parts.top.kept_bytes() > 0),
         });
         ImageBackend { engine: EngineThread::new(parts, shared.clone()), shared }
     }

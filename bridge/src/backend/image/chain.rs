@@ -16,7 +16,7 @@ use super::header::{self, Header};
 use super::host::Host;
 use super::map::MAX_FILES;
 use super::probe::{ImageFormat, probe};
-use super::{ImageOptions, Parts};
+use super::{ImageOptions, Parts, refcounts};
 use crate::backend::file::{FileBackend, FileOptions};
 use crate::{Backend, OpenError};
 
@@ -211,6 +211,17 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         hosts.push((host, data));
     }
     let (top, data_file) = hosts[0].clone();
+    let header = layers[0].header.clone().unwrap_or_default();
+    if header.version != 0 && !options.file.read_only {
+        let structures = structures(&header);
+        let fault = refcounts::find_fault(&top, &header, &structures).await;
+        let fault = fault
+            .map_err(|source| OpenError::Os { path: path.to_owned(), action: "cannot read it", source })?;
+        if let Some(fault) = fault {
+            let check = format!("`qemu-img check -r all {}` repairs it", path.display());
+            return Err(unsupported(path, format!("{fault}; {check}, or serve it with --read-only")));
+        }
+    }
     let mut image: Option<FormatAccess<Host>> = None;
     let mut backing = None;
     for ((n, layer), (host, data)) in layers.iter().enumerate().zip(hosts).rev() {
@@ -219,7 +230,6 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         image = Some(built);
     }
     let Some(image) = image else { return Err(unsupported(path, "has no image in it".into())) };
-    let header = layers[0].header.clone().unwrap_or_default();
     let cluster = if header.version == 0 { super::OTHER_CLUSTER } else { header.cluster_size() };
     let parts = Parts {
         image,
@@ -229,7 +239,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         cluster,
         version: header.version,
         backing,
-        metadata: metadata(&header),
+        metadata: if header.external_data() { Vec::new() } else { structures(&header) },
         data_descriptor: files.data_descriptor,
     };
     Ok((parts, files.open))
@@ -315,8 +325,8 @@ impl ImplicitOpenGate<Host> for Extents<'_, '_> {
 }
 
 /// Where the image's own structures lie, which no guest's data may.
-pub(super) fn metadata(header: &Header) -> Vec<std::ops::Range<u64>> {
-    if header.version == 0 || header.external_data() {
+pub(super) fn structures(header: &Header) -> Vec<std::ops::Range<u64>> {
+    if header.version == 0 {
         return Vec::new();
     }
     let cluster = header.cluster_size();

@@ -158,7 +158,8 @@ impl Engine {
         Ok((segment, count))
     }
 
-    fn check_place(&self, file: u8, offset: u64, count: u64, writable: bool) -> Result<()> {
+    /// Refuses places that no image in good order has.
+    pub(super) fn check_place(&self, file: u8, offset: u64, count: u64, writable: bool) -> Result<()> {
         let end = offset.checked_add(count).ok_or_else(|| malformed("an offset out of bounds"))?;
         let Some(backend) = self.shared.files.get(usize::from(file)) else {
             return Err(malformed("a file that was not opened"));
@@ -248,14 +249,14 @@ impl Engine {
 
     /// The same for whoever has passed the gate alone.
     pub(super) async fn commit_alone(&self) -> Result<()> {
-        if self.dirty() {
+        if self.dirty() || self.top.kept_bytes() > 0 {
             let moved = self.top.moved();
             let done = async {
                 self.image.flush().await?;
                 commit::commit(&self.top, self.data_file.as_ref()).await?;
-                if moved {
+                if moved && self.data_file.is_none() {
                     let header = commit::header_of(&self.top).await?;
-                    *self.metadata.borrow_mut() = chain::metadata(&header);
+                    *self.metadata.borrow_mut() = chain::structures(&header);
                 }
                 Ok(())
             };

@@ -111,6 +111,7 @@ impl Engine {
         };
         let (file, place) = (prepared.storage().number(), prepared.offset());
         let end = first + prepared.length();
+        self.check_place(file, place, end - first, true)?;
         let stop = stop.min(end);
         // Cut short, it ends with a whole cluster.
         let tail = if end == last { tail } else { Before::Zeroes(stop..stop) };
