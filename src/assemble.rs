@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
-use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
 use bridge::backend::file::FileOptions;
+use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
 use bridge::backend::image::open_any;
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;

@@ -66,8 +66,18 @@ fn text(name: &'static str, value: impl Into<String>) -> Fact {
 
 fn image_facts(path: &Path, args: &InfoArgs) -> Result<Vec<Fact>> {
     let any = args.allow_backing.any();
-    let Description { format, size, allocated, length, version, cluster_size, refcount_bits, features, data_file, chain } =
-        image::describe(path, args.format, any)?;
+    let Description {
+        format,
+        size,
+        allocated,
+        length,
+        version,
+        cluster_size,
+        refcount_bits,
+        features,
+        data_file,
+        chain,
+    } = image::describe(path, args.format, any)?;
     let mut facts = vec![text("format", format.name())];
     facts.extend(size.map(|size| Fact { name: "header-size", value: Value::Bytes(size) }));
     facts.push(Fact { name: "allocated", value: Value::Bytes(allocated) });
@@ -171,7 +181,10 @@ fn json(facts: &[Fact], map: Option<&[Run]>) -> String {
         let runs: Vec<String> = map
             .iter()
             .map(|Run { start, len, kind }| {
-                format!("    {{\"start\": {start}, \"length\": {len}, \"kind\": {}}}", quoted(kind_name(*kind)))
+                format!(
+                    "    {{\"start\": {start}, \"length\": {len}, \"kind\": {}}}",
+                    quoted(kind_name(*kind))
+                )
             })
             .collect();
         members.push(format!("  \"map\": [\n{}\n  ]", runs.join(",\n")));
@@ -185,7 +198,9 @@ fn quoted(text: &str) -> String {
     for letter in text.chars() {
         match letter {
             '"' | '\\' => quoted.extend(['\\', letter]),
-            control if u32::from(control) < 0x20 => quoted.push_str(&format!("\\u{:04x}", u32::from(control))),
+            control if u32::from(control) < 0x20 => {
+                quoted.push_str(&format!("\\u{:04x}", u32::from(control)))
+            }
             other => quoted.push(other),
         }
     }

@@ -124,7 +124,10 @@ fn load(client: &mut Client, model: &mut [u8], random: &mut Random, steps: usize
             }
             5 => {
                 let hole = if random.below(2) == 0 { CommandFlags::NO_HOLE } else { NO_FLAGS };
-                assert_eq!(client.call(Nbd::WriteZeroes, CommandFlags(fua.0 | hole.0), offset, len).error, None);
+                assert_eq!(
+                    client.call(Nbd::WriteZeroes, CommandFlags(fua.0 | hole.0), offset, len).error,
+                    None
+                );
                 model[part].fill(0);
             }
             6 => {
@@ -194,10 +197,34 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         let base = place.file("base.raw", &model[..SIZE - 700_000]);
         model[SIZE - 700_000..].fill(0);
         let (middle, top) = (place.path("middle.qcow2"), place.path("top.qcow2"));
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-b", "base.raw", "-F", "raw",
-            text(&middle), &SIZE.to_string()]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "cluster_size=512",
+            "-b",
+            "base.raw",
+            "-F",
+            "raw",
+            text(&middle),
+            &SIZE.to_string(),
+        ]);
         let options = format!("compat={compat},cluster_size={cluster}");
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, "-b", "middle.qcow2", "-F", "qcow2", text(&top)]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &options,
+            "-b",
+            "middle.qcow2",
+            "-F",
+            "qcow2",
+            text(&top),
+        ]);
         let below = (fs::read(&base).unwrap(), fs::read(&middle).unwrap());
         let server = Server::serve(&[text(&top)]);
         let mut client = server.client(ReplyStyle::Structured);
@@ -207,7 +234,10 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         server.stop();
         check(&top);
         place.compare("qcow2", &top, &model);
-        assert!(below == (fs::read(&base).unwrap(), fs::read(&middle).unwrap()), "what is below is only read");
+        assert!(
+            below == (fs::read(&base).unwrap(), fs::read(&middle).unwrap()),
+            "what is below is only read"
+        );
     }
     for raw in ["off", "on"] {
         let place = Place::new();
@@ -273,7 +303,8 @@ fn what_qemu_writes_we_read() {
             });
         }
         let commands: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
-        let written = tool(TEST, "qemu-io", &[&["-f", "qcow2"], &commands[..], &[text(&image)]].concat()).unwrap();
+        let written =
+            tool(TEST, "qemu-io", &[&["-f", "qcow2"], &commands[..], &[text(&image)]].concat()).unwrap();
         assert!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
         qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
         let expected = fs::read(&raw).unwrap();

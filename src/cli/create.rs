@@ -68,7 +68,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
     let bytes = match args.format {
         Format::Raw => {
             if args.backing.is_some() || args.cluster_size.is_some() {
-                return Err(UsageError::new("a raw image has neither backing nor clusters; -f qcow2 has").into());
+                return Err(
+                    UsageError::new("a raw image has neither backing nor clusters; -f qcow2 has").into()
+                );
             }
             let size = args.size.unwrap_or(0);
             create_image(&args.path, size, args.allocate)?;

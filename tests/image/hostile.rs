@@ -22,7 +22,12 @@ fn features_that_are_not_served_are_named_with_the_way_out() {
         return;
     }
     let place = Place::new();
-    let secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"];
+    let secret = [
+        "--object",
+        "secret,id=s,data=x",
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+    ];
     for (options, word) in [
         (&["-o", "compression_type=zstd"][..], "zstd"),
         (&["-o", "extended_l2=on"], "extended L2"),
@@ -83,10 +88,23 @@ fn names_in_images_are_not_followed_anywhere() {
     assert!(refusal(&[text(&a)]).contains("loop"));
     // A backing image is refused for what it is, too.
     new_image(&place, "zstd.qcow2", &["-o", "compression_type=zstd"]);
-    qemu_img(&["create", "-q", "-f", "qcow2", "-b", "zstd.qcow2", "-F", "qcow2", text(&place.path("over.qcow2"))]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "zstd.qcow2",
+        "-F",
+        "qcow2",
+        text(&place.path("over.qcow2")),
+    ]);
     assert!(refusal(&[text(&place.path("over.qcow2"))]).contains("zstd"));
     // An extent outside of the folder.
-    let vmdk = format!("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\nRW 2048 FLAT \"{}\" 0\n", text(&secret));
+    let vmdk = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\nRW 2048 FLAT \"{}\" 0\n",
+        text(&secret)
+    );
     let vmdk = place.file("disk.vmdk", vmdk.as_bytes());
     assert!(refusal(&[text(&vmdk), "-r"]).contains("--allow-backing any"));
     let server = Server::serve(&[text(&vmdk), "-r", "--allow-backing", "any"]);
@@ -103,7 +121,18 @@ fn cut_off_and_absurd_images_do_no_harm() {
     let place = Place::new();
     let model = content(&mut random);
     let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
-    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "cluster_size=4096", text(&raw), text(&image)]);
+    qemu_img(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-c",
+        "-o",
+        "cluster_size=4096",
+        text(&raw),
+        text(&image),
+    ]);
     let whole = fs::read(&image).unwrap();
     for len in [4, 71, 72, 103, 104, 112, 4096, 8192, 12288, 16384, 100_000] {
         println!("cut off at {len}");
@@ -132,7 +161,8 @@ fn broken_tables_cost_requests_and_not_the_server() {
     let model = content(&mut random);
     let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
     for compress in [&[][..], &["-c"]] {
-        let options = [&["convert", "-f", "raw", "-O", "qcow2"], compress, &["-o", "cluster_size=4096"]].concat();
+        let options =
+            [&["convert", "-f", "raw", "-O", "qcow2"], compress, &["-o", "cluster_size=4096"]].concat();
         qemu_img(&[&options[..], &[text(&raw), text(&image)]].concat());
         let whole = fs::read(&image).unwrap();
         for _ in 0..12 {

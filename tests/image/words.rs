@@ -31,7 +31,13 @@ fn images_that_we_make_are_in_order() {
         assert!(line.contains("qcow2 image"), "{line}");
         check(&image);
         let info = qemu_img(&["info", "--output=json", text(&image)]);
-        let bytes = match size { "10G" => 10_u64 << 30, "64M" => 64 << 20, "1T" => 1 << 40, "1000" => 1024, _ => 0 };
+        let bytes = match size {
+            "10G" => 10_u64 << 30,
+            "64M" => 64 << 20,
+            "1T" => 1 << 40,
+            "1000" => 1024,
+            _ => 0,
+        };
         assert!(info.contains(&format!("\"virtual-size\": {bytes}")), "{info}");
         assert!(refused(&["create", "-f", "qcow2", text(&image), "1M"], 1).contains("exists already"));
         fs::remove_file(&image).unwrap();
@@ -72,14 +78,22 @@ fn info_tells_what_an_image_is() {
     let (base, top) = (place.file("base \"x\".raw", &[7; 1 << 20]), place.path("top.qcow2"));
     qemu_img(&["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&top), "4M"]);
     let info = said(&["info", text(&top), "--map"]);
-    for part in ["format:          qcow2", "4 MiB (4194304 bytes)", "64 KiB", "x\".raw (raw)", "data\n", "hole\n"] {
+    for part in
+        ["format:          qcow2", "4 MiB (4194304 bytes)", "64 KiB", "x\".raw (raw)", "data\n", "hole\n"]
+    {
         assert!(info.contains(part), "{part}: {info}");
     }
     let json = said(&["info", text(&top), "--json", "--map"]);
-    for part in ["\"size\": 4194304", "\"cluster-size\": 65536", "base \\\"x\\\".raw (raw)", "\"kind\": \"hole\""] {
+    for part in
+        ["\"size\": 4194304", "\"cluster-size\": 65536", "base \\\"x\\\".raw (raw)", "\"kind\": \"hole\""]
+    {
         assert!(json.contains(part), "{part}: {json}");
     }
-    if let Some(python) = tool("info_tells_what_an_image_is", "python3", &["-c", "import json,sys; json.loads(sys.argv[1])", &json]) {
+    if let Some(python) = tool(
+        "info_tells_what_an_image_is",
+        "python3",
+        &["-c", "import json,sys; json.loads(sys.argv[1])", &json],
+    ) {
         assert!(python.status.success(), "{json}");
     }
     assert!(said(&["info", text(&base)]).contains("raw"));
@@ -92,7 +106,10 @@ fn info_tells_what_an_image_is() {
     bytes[79] |= 1;
     fs::write(&top, bytes).unwrap();
     let info = said(&["info", text(&top)]);
-    assert!(info.contains("features:        dirty") && info.contains("problem:") && info.contains("check -r all"), "{info}");
+    assert!(
+        info.contains("features:        dirty") && info.contains("problem:") && info.contains("check -r all"),
+        "{info}"
+    );
     assert!(refused(&["info", text(&place.path("missing"))], 1).contains("no such file"));
     assert!(refused(&["info", text(&top), "--map"], 1).contains("dirty"));
 }

@@ -131,10 +131,7 @@ impl FileBackend {
     ///
     /// # Errors
     /// As [`FileBackend::open`].
-    pub(super) fn open_container(
-        path: &Path,
-        options: &FileOptions,
-    ) -> std::result::Result<Self, OpenError> {
+    pub(super) fn open_container(path: &Path, options: &FileOptions) -> std::result::Result<Self, OpenError> {
         let disk = open::open(path, options, open::Extent::Open)?;
         Ok(FileBackend { disk: Arc::new(disk) })
     }

@@ -129,7 +129,8 @@ fn qcow2(
     if layered {
         let below = folder.path().join("below.qcow2");
         create(&below, &options).map_err(|error| error.to_string())?;
-        let image = ImageOptions { file: FileOptions::default(), format: ImageFormat::Qcow2, any_backing: false };
+        let image =
+            ImageOptions { file: FileOptions::default(), format: ImageFormat::Qcow2, any_backing: false };
         let below = ImageBackend::open(&below, &image).map_err(|error| error.to_string())?;
         for n in 0..20 {
             let zeroes = bridge::Buffer::copy_of(&[0; 5000]);

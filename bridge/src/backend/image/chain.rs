@@ -122,7 +122,9 @@ impl Policy {
             return refuse(format!("its {what} {} is part of the chain already: a loop", whole.display()));
         }
         if self.seen.len() > MAX_FILES {
-            return refuse(format!("its chain has more than {MAX_FILES} files; `qemu-img commit` shortens it"));
+            return refuse(format!(
+                "its chain has more than {MAX_FILES} files; `qemu-img commit` shortens it"
+            ));
         }
         Ok(whole)
     }
@@ -155,9 +157,9 @@ pub(super) struct Files<'a> {
 
 impl<'a> Files<'a> {
     fn number(&self, path: &Path) -> Result<u8> {
-        u8::try_from(self.open.len()).ok().filter(|number| usize::from(*number) < MAX_FILES).ok_or_else(|| {
-            unsupported(path, format!("an image may have {MAX_FILES} files, and this one has more"))
-        })
+        u8::try_from(self.open.len()).ok().filter(|number| usize::from(*number) < MAX_FILES).ok_or_else(
+            || unsupported(path, format!("an image may have {MAX_FILES} files, and this one has more")),
+        )
     }
 
     /// A file that holds a format's structures; `writable` where it is the image itself.
@@ -215,8 +217,11 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
     if header.version != 0 && !options.file.read_only {
         let structures = structures(&header);
         let fault = refcounts::find_fault(&top, &header, &structures).await;
-        let fault = fault
-            .map_err(|source| OpenError::Os { path: path.to_owned(), action: "cannot read it", source })?;
+        let fault = fault.map_err(|source| OpenError::Os {
+            path: path.to_owned(),
+            action: "cannot read it",
+            source,
+        })?;
         if let Some(fault) = fault {
             let check = format!("`qemu-img check -r all {}` repairs it", path.display());
             return Err(unsupported(path, format!("{fault}; {check}, or serve it with --read-only")));
@@ -266,8 +271,7 @@ async fn build(
     match layer.format {
         ImageFormat::Qcow2 => {
             let writable = is_top && !files.options.file.read_only;
-            let builder =
-                Qcow2::<Host>::builder(host).write(writable).backing(backing).data_file(data);
+            let builder = Qcow2::<Host>::builder(host).write(writable).backing(backing).data_file(data);
             builder.open(DenyImplicitOpenGate::default()).await.map(FormatAccess::new).map_err(failed)
         }
         ImageFormat::Raw => Raw::open_image(host, false).await.map(FormatAccess::new).map_err(failed),

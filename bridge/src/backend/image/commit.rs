@@ -159,7 +159,9 @@ async fn read_blocks(host: &Host, numbers: impl Iterator<Item = &u64>) -> io::Re
 pub(super) async fn write(host: &Host, blocks: &Blocks) -> io::Result<()> {
     for run in runs(blocks.keys()) {
         let mut buf = Buffer::new(index((run.end - run.start) * BLOCK));
-        for (part, block) in buf.chunks_mut(index(BLOCK)).zip(blocks.range(run.clone()).map(|(_, block)| block)) {
+        for (part, block) in
+            buf.chunks_mut(index(BLOCK)).zip(blocks.range(run.clone()).map(|(_, block)| block))
+        {
             part.copy_from_slice(&block[..]);
         }
         host.file().write(run.start * BLOCK, buf, Flags::NONE).await.map_err(to_io)?;

@@ -34,12 +34,13 @@ pub struct CreateOptions {
 /// One line: it exists, its backing image cannot be opened, no room, a size that is too large.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<u64, OpenError> {
     let unsupported = |reason: String| OpenError::Unsupported { path: path.to_owned(), reason };
-    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(|source| {
-        match source.kind() {
+    let file =
+        std::fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(|source| match source
+            .kind()
+        {
             std::io::ErrorKind::AlreadyExists => OpenError::Exists(path.to_owned()),
             _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", source },
-        }
-    })?;
+        })?;
     let made = thread::wait_for(path, async || {
         let backing = match &options.backing {
             Some(name) => Some(look_at(path, name, options)?),
@@ -57,9 +58,11 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<u64, OpenError> {
                 let bytes = options.cluster_size;
                 unsupported(format!("{size} bytes are too much for clusters of {bytes}; choose larger ones"))
             })?;
-        fill(path, size, options, backing)
-            .await
-            .map_err(|source| OpenError::Os { path: path.to_owned(), action: "cannot make it", source })?;
+        fill(path, size, options, backing).await.map_err(|source| OpenError::Os {
+            path: path.to_owned(),
+            action: "cannot make it",
+            source,
+        })?;
         // The name must survive a crash as much as what is later flushed into it.
         file.sync_all().map_err(|source| OpenError::Os {
             path: path.to_owned(),
@@ -89,9 +92,8 @@ fn look_at(path: &Path, name: &Path, options: &CreateOptions) -> Result<Backing,
         None => probe(&found)?,
     };
     let file = FileOptions { read_only: true, ..FileOptions::default() };
-    let folder = |path: &Path| {
-        std::fs::canonicalize(path).ok().and_then(|whole| whole.parent().map(Path::to_owned))
-    };
+    let folder =
+        |path: &Path| std::fs::canonicalize(path).ok().and_then(|whole| whole.parent().map(Path::to_owned));
     let inside = match (folder(path), folder(&found)) {
         (Some(own), Some(other)) => other.starts_with(own),
         _ => true,

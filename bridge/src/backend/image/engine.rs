@@ -26,10 +26,10 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use imago::{FormatAccess, Mapping};
 use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
 
-use super::{chain, commit};
 use super::host::{Host, from_io};
 use super::map::Place;
 use super::{Parts, Shared};
+use super::{chain, commit};
 use crate::backend::file::FileOptions;
 use crate::backend::file::ranges::{Mode, RangeLocks};
 use crate::extent::{MAX_EXTENTS, push_extent};
@@ -333,9 +333,9 @@ impl Engine {
     pub(super) async fn grow(&self, size: u64) -> Result<()> {
         let old = self.size();
         // A disk of qcow2 is made of sectors: an odd size is kept for as long as it is served.
-        let whole = size.checked_next_multiple_of(512).ok_or_else(|| {
-            Error::new(ErrorKind::NoSpace, "no image is that large")
-        })?;
+        let whole = size
+            .checked_next_multiple_of(512)
+            .ok_or_else(|| Error::new(ErrorKind::NoSpace, "no image is that large"))?;
         let _lock = self.ranges.lock(0, u64::MAX, Mode::Exclusive).await;
         let _alone = self.gate.write().await;
         // What lies past the old end is another thing from now on.

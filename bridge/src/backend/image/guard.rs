@@ -11,9 +11,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use super::probe::{Guess, ImageFormat, PROBE_BYTES, guess};
 use crate::backend::file::FileBackend;
-use crate::{
-    Backend, Buffer, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result,
-};
+use crate::{Backend, Buffer, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
 
 const SECTOR: u64 = PROBE_BYTES as u64;
 
@@ -77,7 +75,10 @@ impl Guard {
             path = %self.path.display(),
             "a write that would make the first sector look like {what} was refused: the image was taken for raw; -f raw allows it"
         );
-        Error::new(ErrorKind::ReadOnly, "the image was probed as raw, and may not be made into another format")
+        Error::new(
+            ErrorKind::ReadOnly,
+            "the image was probed as raw, and may not be made into another format",
+        )
     }
 }
 

@@ -221,7 +221,10 @@ fn judge(header: &Header) -> Result<(), String> {
     // As many L1 entries as the size needs.
     let covered = u128::from(header.l1_entries) * u128::from(cluster / 8) * u128::from(cluster);
     if covered < u128::from(header.size) {
-        return Err(malformed(&format!("a size of {} bytes, for which the L1 table is too small", header.size)));
+        return Err(malformed(&format!(
+            "a size of {} bytes, for which the L1 table is too small",
+            header.size
+        )));
     }
     Ok(())
 }

@@ -60,13 +60,7 @@ impl Host {
         Host::new(path, number, file, size, Some(Mutex::default()))
     }
 
-    fn new(
-        path: &Path,
-        number: u8,
-        file: Arc<dyn Backend>,
-        size: u64,
-        kept: Option<Mutex<Blocks>>,
-    ) -> Self {
+    fn new(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64, kept: Option<Mutex<Blocks>>) -> Self {
         Host(Arc::new(Inner {
             path: path.to_owned(),
             number,

@@ -137,7 +137,10 @@ pub fn probe(path: &Path) -> Result<ImageFormat, OpenError> {
         Guess::Known(format) => Ok(format),
         Guess::Foreign(name) => Err(OpenError::Unsupported {
             path: path.to_owned(),
-            reason: format!("looks like a {name} image: {}; or -f raw, to take its bytes as they are", way_out(name)),
+            reason: format!(
+                "looks like a {name} image: {}; or -f raw, to take its bytes as they are",
+                way_out(name)
+            ),
         }),
     }
 }

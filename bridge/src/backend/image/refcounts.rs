@@ -71,7 +71,9 @@ fn refcount(bytes: &[u8], counter: u64, order: u32) -> u64 {
     }
     let width = 1_usize << (order - 3);
     let start = index(counter) * width;
-    bytes.get(start..start + width).map_or(0, |bytes| bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
+    bytes
+        .get(start..start + width)
+        .map_or(0, |bytes| bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
 }
 
 fn index(number: u64) -> usize {

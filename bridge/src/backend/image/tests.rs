@@ -19,7 +19,8 @@ fn block_on<T>(test: impl Future<Output = T>) -> T {
 
 /// Whether `qemu-img` is there; said aloud where it is not.
 fn has_qemu_img(test: &str) -> bool {
-    let found = Command::new("qemu-img").arg("--version").output().is_ok_and(|output| output.status.success());
+    let found =
+        Command::new("qemu-img").arg("--version").output().is_ok_and(|output| output.status.success());
     if !found {
         eprintln!("SKIP: {test}: no qemu-img");
     }

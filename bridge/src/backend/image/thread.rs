@@ -72,7 +72,9 @@ impl EngineThread {
             let thread = std::thread::Builder::new()
                 .name("image".into())
                 .spawn(move || serve(parts, shared, queue))
-                .map_err(|error| Error::new(ErrorKind::NoMemory, format!("no thread for an image: {error}")))?;
+                .map_err(|error| {
+                    Error::new(ErrorKind::NoMemory, format!("no thread for an image: {error}"))
+                })?;
             *state = State::Running(jobs, thread);
         }
         match &*state {

@@ -144,7 +144,9 @@ impl Run {
         let check = qemu_img(&["check", "-f", "qcow2", text(&image)]);
         // 3: leaks.
         if !matches!(check.status.code(), Some(0 | 3)) {
-            return Some(String::from_utf8_lossy(&check.stderr).into_owned() + &String::from_utf8_lossy(&check.stdout));
+            return Some(
+                String::from_utf8_lossy(&check.stderr).into_owned() + &String::from_utf8_lossy(&check.stdout),
+            );
         }
         let convert = qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
         if !convert.status.success() {
@@ -156,7 +158,10 @@ impl Run {
             let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
             let torn = bytes[..bytes.len() - 8] != bytes[8..];
             if torn || !sector.stamps[sector.oldest..].contains(&stamp) {
-                return Some(format!("sector {n} holds {stamp}, not one of {:?}", &sector.stamps[sector.oldest..]));
+                return Some(format!(
+                    "sector {n} holds {stamp}, not one of {:?}",
+                    &sector.stamps[sector.oldest..]
+                ));
             }
         }
         None
