@@ -17,8 +17,9 @@ use std::future::Future;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use bridge::backend::file::FileOptions;
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
-use bridge::backend::file::{FileBackend, FileOptions};
+use bridge::backend::image::open_any;
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::{DetectZeroes as DetectLayer, Fault, ReadOnly, Slice, ZeroMode};
@@ -98,7 +99,11 @@ pub(crate) fn apart<F: Future<Output: Send>>(make: impl FnOnce() -> F + Send) ->
     })
 }
 
-fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
+/// Opens a source as it is, without layers.
+///
+/// # Errors
+/// One line that names it.
+pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),
@@ -111,11 +116,13 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
                 "{source}: does not exist, and --create with --read-only would make a disk nobody can fill"
             );
         }
-        create::create_image(path, size, false)?;
+        match args.format {
+            None | Some(Format::Raw) => create::create_image(path, size, false)?,
+            Some(format) => create::create_empty(path, format, size)?,
+        }
         tracing::info!("{source}: made, {size} bytes");
     }
-    let Format::Raw = args.format;
-    Ok(Box::new(FileBackend::open(path, &file_options(args))?))
+    Ok(open_any(path, args.format, file_options(args), args.allow_backing.any())?)
 }
 
 /// How files are opened, the overlay's as well as images.

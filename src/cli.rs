@@ -15,6 +15,7 @@ mod attach;
 mod bench;
 pub(crate) mod create;
 mod fuse;
+mod info;
 pub(crate) mod logging;
 mod net;
 mod process;
@@ -34,6 +35,7 @@ pub(crate) use ask::{AskAction, LimitsWish};
 pub(crate) use attach::{DetachArgs, LoopArgs};
 pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
+pub(crate) use info::InfoArgs;
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
@@ -57,6 +59,8 @@ pub(crate) enum Action {
     Ask(AskAction),
     /// `nbdbridge bench`: measure a server.
     Bench(Box<BenchArgs>),
+    /// `nbdbridge info`: tell about a source.
+    Info(InfoArgs),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -162,6 +166,8 @@ enum Words {
     Resize(ask::ResizeCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
+    /// Tell what a disk image is
+    Info(InfoArgs),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -192,6 +198,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Ok(args) => Ok(Action::Bench(Box::new(args))),
             Err(error) => Err(report(&error.into())),
         },
+        Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

@@ -12,6 +12,7 @@ mod detach;
 mod devices;
 mod door;
 mod fuse;
+mod info;
 mod io_flusher;
 mod net;
 mod serve;
@@ -44,6 +45,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -17,6 +17,7 @@ use crate::{Buffer, Depth, Error, ErrorKind, Extent, Flags, Geometry, Result};
 
 pub mod crash;
 pub mod file;
+pub mod image;
 pub mod memory;
 pub mod null;
 

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use bridge::Backend;
 use bridge::backend::file::{CacheMode, FileBackend, FileOptions};
+use bridge::backend::image::describe;
 use bridge::layer::Overlay;
 use bridge::layer::overlay::{OverlayError, boot_id, kept_bytes, temporary_bytes};
 
 use super::{apart, file_options};
-use crate::cli::{Format, OverlayArg, Source, SourceArgs, UsageError, create};
+use crate::cli::{OverlayArg, Source, SourceArgs, UsageError, create};
 use crate::size;
 
 /// Where temporary files go when nothing says otherwise: on storage, which /tmp need not be.
@@ -73,9 +74,10 @@ fn keep(base: Box<dyn Backend>, path: &Path, source: &Source, args: &SourceArgs)
     let Some(name) = name.to_str() else {
         bail!("{}: the path is not UTF-8, and cannot be written into an overlay", name.display());
     };
+    let format = format_name(image, args)?;
     create::create_image(path, kept_bytes(base.geometry().size).map_err(named)?, false)?;
     let made = open().map_err(anyhow::Error::new).and_then(|store| {
-        apart(|| Overlay::create(base, Box::new(store), name, format_name(args), boot_id()))?.map_err(named)
+        apart(|| Overlay::create(base, Box::new(store), name, format, boot_id()))?.map_err(named)
     });
     if made.is_err() {
         // The first error is the one to tell.
@@ -85,7 +87,10 @@ fn keep(base: Box<dyn Backend>, path: &Path, source: &Source, args: &SourceArgs)
 }
 
 /// How qemu calls the format of the base.
-fn format_name(args: &SourceArgs) -> &'static str {
-    let Format::Raw = args.format;
-    "raw"
+fn format_name(image: &Path, args: &SourceArgs) -> Result<&'static str> {
+    let format = match args.format {
+        Some(format) => format,
+        None => describe(image, None, args.allow_backing.any())?.format,
+    };
+    Ok(format.name())
 }

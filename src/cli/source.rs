@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::UsageError;
-use super::values::{self, AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Source};
+use super::values::{self, AioMode, AllowBacking, CacheMode, DetectZeroes, DiscardMode, Format, Source};
 use crate::size;
 
 /// How sources are opened. Holds for every export of the process.
 #[derive(Clone, Debug)]
 pub(crate) struct SourceArgs {
-    /// The images' format.
-    pub(crate) format: Format,
+    /// The images' format; None to look.
+    pub(crate) format: Option<Format>,
+    /// Which backing files may be opened.
+    pub(crate) allow_backing: AllowBacking,
     /// Nobody may change anything.
     pub(crate) read_only: bool,
     /// Where changes go instead of the image.
@@ -75,10 +77,13 @@ pub(crate) struct ExportArg {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Image")]
 pub(super) struct SourceFlags {
-    /// Image format; only raw in this version
-    #[arg(short, long, value_name = "FORMAT", default_value = "raw", value_parser = values::parse_format,
-          hide_default_value = true)]
-    format: Format,
+    /// Image format: raw, qcow2 or vmdk; without it, it is told from the first sector
+    #[arg(short, long, value_name = "FORMAT", value_parser = values::parse_format)]
+    format: Option<Format>,
+
+    /// Which backing files and data files an image may name
+    #[arg(long, value_name = "WHERE", default_value = "folder")]
+    allow_backing: AllowBacking,
 
     /// Let no client change anything
     #[arg(short, long)]
@@ -107,7 +112,7 @@ pub(super) struct SourceFlags {
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     size: Option<u64>,
 
-    /// Make a raw image of this size where the path leads nowhere; one that exists is served as it is
+    /// Make an image of this size (raw, or as -f says) where the path leads nowhere; one that exists is served as it is
     #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "snapshot")]
     create: Option<u64>,
 
@@ -171,6 +176,7 @@ impl SourceFlags {
         let temporary = self.snapshot.then_some(OverlayArg::Temporary);
         Ok(SourceArgs {
             format: self.format,
+            allow_backing: self.allow_backing,
             read_only: self.read_only,
             overlay: self.overlay.map(OverlayArg::Keep).or(temporary),
             part: self.partition.map(Part::Partition).or(range),

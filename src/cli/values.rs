@@ -55,7 +55,7 @@ impl fmt::Display for Source {
 }
 
 /// Reads a SOURCE. A path that begins like a prefix is written `./mem:x`.
-pub(super) fn parse_source(text: OsString) -> Result<Source, String> {
+pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     let sized = |prefix: &str| text.to_str().and_then(|text| text.strip_prefix(prefix));
     if let Some(size) = sized("mem:") {
         return size::parse(size).map(Source::Memory).map_err(|error| error.to_string());
@@ -209,20 +209,26 @@ pub(super) fn parse_budget(text: &str) -> Result<u64, String> {
 }
 
 /// An image's format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    /// The bytes of the file are the bytes of the disk.
-    Raw,
-}
+pub(crate) use bridge::backend::image::ImageFormat as Format;
 
 /// Reads `--format`.
 pub(super) fn parse_format(text: &str) -> Result<Format, String> {
-    match text {
-        "raw" => Ok(Format::Raw),
-        _ => {
-            Err("only raw is in this version; convert with `qemu-img convert -O raw`, or serve with qemu-nbd"
-                .into())
-        }
+    text.parse()
+}
+
+/// Which backing files may be opened because an image names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AllowBacking {
+    /// Those in the folder of the image, and below it
+    Folder,
+    /// Any: for images from somebody you trust
+    Any,
+}
+
+impl AllowBacking {
+    /// Whether any will do.
+    pub(crate) fn any(self) -> bool {
+        self == AllowBacking::Any
     }
 }
 

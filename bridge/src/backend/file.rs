@@ -83,7 +83,7 @@ impl CacheMode {
         matches!(self, CacheMode::None | CacheMode::DirectSync)
     }
 
-    fn every_write_durable(self) -> bool {
+    pub(super) fn every_write_durable(self) -> bool {
         matches!(self, CacheMode::DirectSync | CacheMode::WriteThrough)
     }
 }
@@ -122,8 +122,23 @@ impl FileBackend {
     /// # Errors
     /// One line for a person, see [`OpenError`].
     pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> std::result::Result<Self, OpenError> {
-        let disk = open::open(path.as_ref(), options)?;
+        let disk = open::open(path.as_ref(), options, open::Extent::Fixed)?;
         Ok(FileBackend { disk: Arc::new(disk) })
+    }
+
+    /// Opens a file that holds an image of another format, and grows with it: a write past its end makes it longer,
+    /// and what lies there reads as zeroes. Its geometry's size is what a file may be at most.
+    ///
+    /// # Errors
+    /// As [`FileBackend::open`].
+    pub(super) fn open_container(path: &Path, options: &FileOptions) -> std::result::Result<Self, OpenError> {
+        let disk = open::open(path, options, open::Extent::Open)?;
+        Ok(FileBackend { disk: Arc::new(disk) })
+    }
+
+    /// The descriptor that its I/O goes through.
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.disk.file
     }
 }
 
@@ -141,6 +156,8 @@ struct Disk {
     /// With O_DIRECT, a second descriptor that goes through the page cache: for the last, partial block.
     cached: Option<Arc<File>>,
     kind: Kind,
+    /// Past the end of the file lie zeroes, and writes make it longer.
+    open_ended: bool,
     /// As it was opened; see [`Disk::geometry`].
     opened: Geometry,
     size: AtomicU64,

@@ -7,6 +7,7 @@ use std::process::Command;
 use bridge::Backend;
 use bridge::backend::crash::CrashBackend;
 use bridge::backend::file::{AioMode, CacheMode, DiscardMode, FileBackend, FileOptions};
+use bridge::backend::image::{CreateOptions, ImageBackend, ImageFormat, ImageOptions, create, open_any};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::overlay::{self, Overlay};
@@ -105,6 +106,14 @@ pub const STACKS: &[Stack] = &[
         let overlay = temporary(late, crash(overlay::temporary_bytes(size).unwrap()));
         made(throttle(detect(slice(overlay, 0, size), ZeroMode::Unmap), "iops-total=50000"))
     }),
+    stores("raw, probed", |size| probed("/dev/shm", size)),
+    stores("qcow2 on tmpfs", |size| qcow2("/dev/shm", size, 65536, false, FileOptions::default())),
+    stores("qcow2 on disk", |size| qcow2(DISK_FOLDER, size, 65536, false, FileOptions::default())),
+    stores("qcow2 on disk, small clusters, threads", |size| qcow2(DISK_FOLDER, size, 512, false, FileOptions { aio: AioMode::Threads, ..Default::default() })),
+    stores("qcow2 on disk, large clusters, O_DIRECT", |size| qcow2(DISK_FOLDER, size, 1 << 20, false, FileOptions { cache: CacheMode::None, ..Default::default() })),
+    stores("qcow2 over qcow2 on tmpfs", |size| qcow2("/dev/shm", size, 4096, true, FileOptions::default())),
+    stores("qcow2 on disk, write-through, no discard", |size| qcow2(DISK_FOLDER, size, 65536, false, FileOptions { cache: CacheMode::WriteThrough, discard: DiscardMode::Ignore, ..Default::default() })),
+    stores("throttle over qcow2 over qcow2", |size| qcow2("/dev/shm", size, 65536, true, FileOptions::default()).map(|(disk, keep)| (throttle(disk, "iops-total=30000"), keep))),
     Stack { name: "null", kind: Kind::Discards, make: |size| made(null(size)) },
     Stack { name: "throttle over null", kind: Kind::Discards, make: |size| made(throttle(null(size), "iops-total=30000")) },
     Stack { name: "read-only memory", kind: Kind::ReadOnly, make: |size| made(read_only(memory(size))) },
@@ -125,6 +134,63 @@ fn file(folder: &str, size: u64, options: FileOptions) -> Result<Made, String> {
     File::create(&path).and_then(|image| image.set_len(size)).map_err(|error| error.to_string())?;
     let disk = FileBackend::open(&path, &options).map_err(|error| error.to_string())?;
     Ok((Box::new(disk), Some(Box::new(folder))))
+}
+
+/// The same, without saying that it is raw.
+fn probed(folder: &str, size: u64) -> Result<Made, String> {
+    let folder = tempfile::tempdir_in(folder).map_err(|error| format!("{folder}: {error}"))?;
+    let path = folder.path().join("image");
+    File::create(&path).and_then(|image| image.set_len(size)).map_err(|error| error.to_string())?;
+    let disk = open_any(&path, None, FileOptions::default(), false).map_err(|error| error.to_string())?;
+    Ok((disk, Some(Box::new(folder))))
+}
+
+/// A new qcow2 image; `layered` over another one that has some clusters of zeroes.
+fn qcow2(
+    folder: &str,
+    size: u64,
+    cluster_size: u32,
+    layered: bool,
+    file: FileOptions,
+) -> Result<Made, String> {
+    let folder = tempfile::tempdir_in(folder).map_err(|error| format!("{folder}: {error}"))?;
+    let path = folder.path().join("image.qcow2");
+    let mut options = CreateOptions {
+        size: Some(size - size % 512),
+        cluster_size,
+        backing: None,
+        backing_format: None,
+        any_backing: false,
+    };
+    if layered {
+        let below = folder.path().join("below.qcow2");
+        create(&below, &options).map_err(|error| error.to_string())?;
+        let image =
+            ImageOptions { file: FileOptions::default(), format: ImageFormat::Qcow2, any_backing: false };
+        let below = ImageBackend::open(&below, &image).map_err(|error| error.to_string())?;
+        for n in 0..20 {
+            let zeroes = bridge::Buffer::copy_of(&[0; 5000]);
+            // Its clusters are allocated, and read as zeroes.
+            wait_for(below.write(n * 300_000, zeroes, bridge::Flags::NONE))?;
+        }
+        options.backing = Some("below.qcow2".into());
+    }
+    create(&path, &options).map_err(|error| error.to_string())?;
+    let image = ImageOptions { file, format: ImageFormat::Qcow2, any_backing: false };
+    let disk = ImageBackend::open(&path, &image).map_err(|error| error.to_string())?;
+    Ok((Box::new(disk), Some(Box::new(folder))))
+}
+
+/// Waits on the spot for what another thread does.
+fn wait_for(future: bridge::LocalFuture<'_, bridge::Result<()>>) -> Result<(), String> {
+    let mut future = future;
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    loop {
+        match future.as_mut().poll(&mut context) {
+            std::task::Poll::Ready(result) => return result.map_err(|error| error.to_string()),
+            std::task::Poll::Pending => std::thread::yield_now(),
+        }
+    }
 }
 
 /// A loop device over such an image.

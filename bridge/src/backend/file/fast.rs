@@ -178,7 +178,7 @@ impl Disk {
     /// Not by lseek(2) alone: on storage it may read the file system's metadata and waits for the inode's lock; on
     /// tmpfs it looks at every page up to the next hole, however far that is.
     pub(super) fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {
-        if len == 0 || !self.fast.ranges.load(Relaxed) {
+        if len == 0 || !self.fast.ranges.load(Relaxed) || (self.open_ended && !self.reaches(offset + len)) {
             return None;
         }
         match self.fast.plain {
@@ -234,6 +234,11 @@ impl Disk {
         (hole > offset).then(|| self.range(offset, hole - offset))
     }
 
+    /// Whether the file is at least this long now.
+    fn reaches(&self, end: u64) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.len() >= end)
+    }
+
     fn range(&self, offset: u64, len: u64) -> RangeOrHole {
         RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len })
     }
@@ -258,6 +263,10 @@ impl Disk {
     fn read_plain(&self, mut offset: u64, mut buf: &mut [u8]) -> Result<()> {
         while !buf.is_empty() {
             match rustix::io::pread(&*self.file, &mut *buf, offset) {
+                Ok(0) if self.open_ended => {
+                    buf.fill(0);
+                    return Ok(());
+                }
                 Ok(0) => return Err(shrunken()),
                 Ok(count) => {
                     offset += count as u64;

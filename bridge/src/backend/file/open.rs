@@ -30,7 +30,18 @@ const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
 type Result<T> = std::result::Result<T, OpenError>;
 
-pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
+/// Whether a file ends for good where it ends now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    Fixed,
+    /// It grows by being written to.
+    Open,
+}
+
+/// The size of a file that grows: the most that the kernel can address, in whole blocks of any alignment.
+const OPEN_SIZE: u64 = i64::MAX.cast_unsigned() & !(MAX_PREFERRED as u64 - 1);
+
+pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result<Disk> {
     // Before opening: to open a device of another kind may do something, and a fifo waits for its other end.
     let metadata = std::fs::metadata(path).map_err(|error| open_error(path, "cannot look at it", error))?;
     refuse_other_kinds(path, metadata.file_type())?;
@@ -61,7 +72,11 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
     if options.cache == CacheMode::Unsafe && !options.read_only {
         tracing::warn!(path = %path.display(), "cache mode unsafe: flushes are ignored, a crash of this host loses data");
     }
-    let geometry = geometry(path, &file, kind, options, direct)?;
+    let mut geometry = geometry(path, &file, kind, options, direct)?;
+    let open_ended = extent == Extent::Open;
+    if open_ended {
+        geometry.size = OPEN_SIZE;
+    }
     Ok(Disk {
         options: options.clone(),
         fast: Fast::new(kind, options, direct.is_some()),
@@ -71,6 +86,7 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
         kind,
         size: AtomicU64::new(geometry.size),
         version: AtomicU64::new(0),
+        open_ended,
         opened: geometry,
         direct,
         gate: FlushGate::new(path),

@@ -1,0 +1,59 @@
+//! `nbdbridge info`: the words of the command line.
+
+use std::ffi::OsString;
+
+use clap::Args;
+use clap::builder::TypedValueParser;
+
+use super::source::SourceArgs;
+use super::values::{self, AioMode, AllowBacking, CacheMode, DetectZeroes, DiscardMode, Format, Source};
+
+/// What to tell about.
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// An image, a block device, mem:SIZE or null:SIZE
+    #[arg(value_name = "SOURCE",
+          value_parser = clap::builder::OsStringValueParser::new().try_map(parse_source))]
+    pub(crate) source: Source,
+
+    /// Image format; without it, it is told from the first sector
+    #[arg(short, long, value_name = "FORMAT", value_parser = values::parse_format)]
+    pub(crate) format: Option<Format>,
+
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Print what is data, zeroes and holes
+    #[arg(long)]
+    pub(crate) map: bool,
+
+    /// Follow backing files outside of the image's own folder
+    #[arg(long, value_name = "WHERE", default_value = "folder")]
+    pub(crate) allow_backing: AllowBacking,
+}
+
+fn parse_source(text: OsString) -> Result<Source, String> {
+    values::parse_source(text)
+}
+
+impl InfoArgs {
+    /// How the source is opened to look at it: nothing is changed, and nobody kept away.
+    pub(crate) fn source_args(&self) -> SourceArgs {
+        SourceArgs {
+            format: self.format,
+            allow_backing: self.allow_backing,
+            read_only: true,
+            overlay: None,
+            part: None,
+            detect_zeroes: DetectZeroes::Off,
+            cache: CacheMode::Writeback,
+            aio: AioMode::Auto,
+            discard: DiscardMode::Ignore,
+            throttles: Vec::new(),
+            faults: Vec::new(),
+            create: None,
+            lock: false,
+        }
+    }
+}
