@@ -6,6 +6,7 @@ use anyhow::{Result, bail, ensure};
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
 use bridge::backend::file::{FileBackend, FileOptions};
 use bridge::backend::memory::MemoryBackend;
+use bridge::backend::nbd::NbdBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::{Fault, ReadOnly, Slice, Throttle, ThrottleConfig};
 use bridge::{Backend, Export};
@@ -56,6 +57,9 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),
+        Source::Remote(remote) => {
+            return Ok(Box::new(NbdBackend::open(&remote.uri, &args.remote.options(remote))?));
+        }
         Source::Path(path) => path,
     };
     let exists = std::fs::symlink_metadata(path).is_ok();

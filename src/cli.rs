@@ -10,10 +10,12 @@
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
 pub(crate) mod create;
+pub(crate) mod info;
 pub(crate) mod logging;
 mod net;
 mod process;
 mod qemu;
+mod remote;
 mod source;
 mod values;
 
@@ -40,6 +42,8 @@ pub(crate) enum Action {
     Serve(Box<ServeArgs>),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge info`: tell what a source is.
+    Info(Box<info::InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -115,6 +119,8 @@ enum Words {
     Net(Box<net::NetCommand>),
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// Tell what a source is
+    Info(Box<info::InfoArgs>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -136,6 +142,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Err(error) => Err(report(&error.into())),
         },
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

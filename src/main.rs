@@ -32,6 +32,7 @@ fn run(action: Action) -> Result<ExitCode> {
             serve::run(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => cli::info::run(*args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -17,6 +17,7 @@ use crate::{Buffer, Extent, Flags, Geometry, Result};
 pub mod crash;
 pub mod file;
 pub mod memory;
+pub mod nbd;
 pub mod null;
 
 /// A boxed future that stays on its worker.

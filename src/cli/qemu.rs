@@ -27,7 +27,7 @@ const FOREIGN: &[Foreign] = &[
         "`nbdbridge ublk` is planned, not in this version; serve with -k SOCKET, then nbd-client -unix SOCKET DEV",
     ),
     flag('d', "disconnect", "we attach no kernel device in this version; nbd-client -d DEV lets go of one"),
-    flag('L', "list", "not in this version; nbdinfo --list URI shows a server's exports"),
+    flag('L', "list", "`nbdbridge info --list URI` shows a server's exports"),
     value(
         'l',
         "load-snapshot",

@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::UsageError;
+use super::remote::{RemoteArgs, RemoteFlags};
 use super::values::{self, AioMode, CacheMode, DiscardMode, Format, Source};
 use crate::size;
 
@@ -29,6 +30,8 @@ pub(crate) struct SourceArgs {
     pub(crate) create: Option<u64>,
     /// Take qemu's locks on images.
     pub(crate) lock: bool,
+    /// How remote exports are used.
+    pub(crate) remote: RemoteArgs,
 }
 
 /// One export.
@@ -97,6 +100,9 @@ pub(super) struct SourceFlags {
     /// Take no locks on the image: another writer may destroy it
     #[arg(long)]
     no_lock: bool,
+
+    #[command(flatten)]
+    remote: RemoteFlags,
 }
 
 impl SourceFlags {
@@ -117,6 +123,7 @@ impl SourceFlags {
             faults: self.fault,
             create: self.create,
             lock: !self.no_lock,
+            remote: self.remote.into_args(),
         })
     }
 }
