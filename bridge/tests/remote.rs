@@ -131,6 +131,40 @@ fn lies_cost_the_connection_and_the_request_but_not_the_source() {
 }
 
 #[test]
+fn garbled_replies_end_in_an_answer_or_an_error() {
+    let seed = support::seed();
+    for style in [ReplyStyle::Simple, STRUCTURED, EXTENDED] {
+        let server = Server::with_script(offer(style), move |seen| {
+            if seen.number % 3 == 0 { Act::Well } else { Act::Garble(seed + seen.number) }
+        });
+        run(async {
+            let brief = Duration::from_millis(100);
+            let disk = server.open(&NbdOptions {
+                request_timeout: Some(brief),
+                reconnect_timeout: brief,
+                ..options()
+            });
+            for round in 0..12_u64 {
+                let mut answered: Vec<bridge::LocalFuture<'_, Result<(), Error>>> = Vec::new();
+                for n in 0..24 {
+                    let at = (round * 24 + n) * 512;
+                    answered.push(match n % 4 {
+                        0 => disk.write(at, Buffer::copy_of(&[1; 512]), Flags::NONE),
+                        1 => disk.write_zeroes(at, 512, Flags::NONE),
+                        2 => Box::pin(async { disk.block_status(0, SIZE, Flags::NONE).await.map(drop) }),
+                        _ => Box::pin(async {
+                            disk.read(0, Buffer::new(200_000), Flags::NONE).await.map(drop)
+                        }),
+                    });
+                }
+                poll_all(&mut answered).await;
+            }
+            assert!(server.connections() > 1);
+        });
+    }
+}
+
+#[test]
 fn an_answer_too_many() {
     let server = Server::with_script(offer(EXTENDED), |seen| match seen.number {
         0 => Act::Send([data(seen, 0, 512, true), data(seen, 0, 512, true)].concat()),

@@ -9,6 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::nbd::{NbdBackend, NbdOptions};
+use bridge::random::Random;
 use bridge::{Backend, ExtentKind, Flags};
 use nbd_proto::uri::Uri;
 use nbd_proto::{
@@ -23,6 +24,8 @@ pub enum Act {
     Well,
     /// Sends this.
     Send(Vec<u8>),
+    /// Answers it well, but for some bits, which the seed chooses.
+    Garble(u64),
     /// Says nothing.
     Silence,
     /// Carries it out, and hangs up instead of telling.
@@ -238,6 +241,16 @@ impl Shared {
             match (self.script)(&Seen { connection, number, style, request: &request }) {
                 Act::Well => {
                     self.answer(&request, &payload, style, context, &mut out);
+                    stream.write_all(&out)?;
+                }
+                Act::Garble(seed) => {
+                    self.answer(&request, &payload, style, context, &mut out);
+                    let mut random = Random::new(seed);
+                    for _ in 0..=random.below(3) {
+                        // Headers are where it hurts.
+                        let near = random.below(out.len().min(80) as u64);
+                        out[usize::try_from(near).unwrap()] ^= 1 << random.below(8);
+                    }
                     stream.write_all(&out)?;
                 }
                 Act::Send(bytes) => stream.write_all(&bytes)?,

@@ -232,8 +232,10 @@ impl Link {
             let mut inner = self.lock();
             inner.connection = Some(connection);
             if let Some(since) = inner.down_since.take() {
-                let away = since.elapsed();
-                tracing::warn!(source = self.config.name, "connected again after {away:.1?}");
+                if self.primary {
+                    let away = since.elapsed();
+                    tracing::warn!(source = self.config.name, "connected again after {away:.1?}");
+                }
             }
         }
         self.set_up(true);
