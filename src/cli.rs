@@ -10,7 +10,7 @@
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
 pub(crate) mod create;
-pub(crate) mod info;
+mod info;
 pub(crate) mod logging;
 mod net;
 mod process;
@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use info::InfoArgs;
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
@@ -43,7 +44,7 @@ pub(crate) enum Action {
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
     /// `nbdbridge info`: tell what a source is.
-    Info(Box<info::InfoArgs>),
+    Info(Box<InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -120,7 +121,7 @@ enum Words {
     /// Make an empty disk image
     Create(create::CreateArgs),
     /// Tell what a source is
-    Info(Box<info::InfoArgs>),
+    Info(Box<InfoArgs>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]

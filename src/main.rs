@@ -5,6 +5,7 @@ mod assemble;
 mod cli;
 mod daemon;
 mod door;
+mod info;
 mod net;
 mod serve;
 mod size;
@@ -32,7 +33,7 @@ fn run(action: Action) -> Result<ExitCode> {
             serve::run(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
-        Action::Info(args) => cli::info::run(*args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

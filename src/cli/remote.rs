@@ -59,38 +59,10 @@ pub(crate) enum ReconnectMode {
     Strict,
 }
 
-/// How remote exports are used.
-#[derive(Clone, Debug)]
-pub(crate) struct RemoteArgs {
-    connections: u16,
-    requests: u32,
-    connect_timeout: Duration,
-    reconnect_timeout: Duration,
-    request_timeout: Duration,
-    reconnect: ReconnectMode,
-}
-
-impl RemoteArgs {
-    /// The options for one source.
-    pub(crate) fn options(&self, source: &RemoteSource) -> NbdOptions {
-        NbdOptions {
-            connections: source.connections.unwrap_or(self.connections),
-            requests: self.requests,
-            connect_timeout: self.connect_timeout,
-            reconnect_timeout: self.reconnect_timeout,
-            request_timeout: (!self.request_timeout.is_zero()).then_some(self.request_timeout),
-            reconnect: match self.reconnect {
-                ReconnectMode::Trust => Reconnect::Trust,
-                ReconnectMode::Strict => Reconnect::Strict,
-            },
-        }
-    }
-}
-
-/// The flags as clap reads them.
-#[derive(Debug, Args)]
+/// How remote exports are used: nothing here needs more than clap's checks.
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Remote source (nbd://, nbd+unix://)")]
-pub(super) struct RemoteFlags {
+pub(crate) struct RemoteArgs {
     /// Connections to a server at most, where it allows several; each worker has its own then
     #[arg(long, value_name = "N", default_value = "16", value_parser = parse_connections)]
     connections: u16,
@@ -116,16 +88,19 @@ pub(super) struct RemoteFlags {
     reconnect: ReconnectMode,
 }
 
-impl RemoteFlags {
-    /// The typed values.
-    pub(super) fn into_args(self) -> RemoteArgs {
-        RemoteArgs {
-            connections: self.connections,
+impl RemoteArgs {
+    /// The options for one source.
+    pub(crate) fn options(&self, source: &RemoteSource) -> NbdOptions {
+        NbdOptions {
+            connections: source.connections.unwrap_or(self.connections),
             requests: self.requests,
             connect_timeout: self.connect_timeout,
             reconnect_timeout: self.reconnect_timeout,
-            request_timeout: self.request_timeout,
-            reconnect: self.reconnect,
+            request_timeout: (!self.request_timeout.is_zero()).then_some(self.request_timeout),
+            reconnect: match self.reconnect {
+                ReconnectMode::Trust => Reconnect::Trust,
+                ReconnectMode::Strict => Reconnect::Strict,
+            },
         }
     }
 }

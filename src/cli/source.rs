@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::UsageError;
-use super::remote::{RemoteArgs, RemoteFlags};
+use super::remote::RemoteArgs;
 use super::values::{self, AioMode, CacheMode, DiscardMode, Format, Source};
 use crate::size;
 
@@ -102,7 +102,7 @@ pub(super) struct SourceFlags {
     no_lock: bool,
 
     #[command(flatten)]
-    remote: RemoteFlags,
+    remote: RemoteArgs,
 }
 
 impl SourceFlags {
@@ -123,7 +123,7 @@ impl SourceFlags {
             faults: self.fault,
             create: self.create,
             lock: !self.no_lock,
-            remote: self.remote.into_args(),
+            remote: self.remote,
         })
     }
 }
