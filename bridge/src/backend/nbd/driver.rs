@@ -231,11 +231,9 @@ impl Link {
         {
             let mut inner = self.lock();
             inner.connection = Some(connection);
-            if let Some(since) = inner.down_since.take() {
-                if self.primary {
-                    let away = since.elapsed();
-                    tracing::warn!(source = self.config.name, "connected again after {away:.1?}");
-                }
+            let away = inner.down_since.take().map(|since| since.elapsed());
+            if let (Some(away), true) = (away, self.primary) {
+                tracing::warn!(source = self.config.name, "connected again after {away:.1?}");
             }
         }
         self.set_up(true);

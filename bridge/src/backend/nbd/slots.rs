@@ -159,5 +159,5 @@ impl Slot {
 
 fn split(cookie: u64) -> (u32, usize) {
     // Both halves fit.
-    ((cookie >> 32) as u32, (cookie & u64::from(u32::MAX)) as usize)
+    ((cookie >> 32) as u32, (cookie & u64::from(u32::MAX)) as u32 as usize)
 }
