@@ -238,7 +238,7 @@ fn flags_we_do_not_have_point_to_our_way() {
     for (args, words) in [
         (&["-c", "/dev/nbd0", "x"][..], "nbd-client"),
         (&["-d", "/dev/nbd0"], "nbd-client -d"),
-        (&["-L"], "nbdinfo --list"),
+        (&["-L"], "nbdbridge info --list"),
         (&["-s", "x"], "qemu-nbd"),
         (&["-l", "snap", "x"], "qemu-img convert"),
         (&["-B", "bitmap", "x"], "qemu-nbd"),
