@@ -285,7 +285,7 @@ impl Link {
 impl Inner {
     /// Sends what is there to be sent, and understands what has come.
     fn turn(&mut self, cx: &mut Context<'_>, limit: u32, woken: &mut Vec<Waker>) -> Poll<End> {
-        if !self.driver.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+        if self.driver.as_ref().is_none_or(|known| !known.will_wake(cx.waker())) {
             self.driver = Some(cx.waker().clone());
         }
         if self.closing {

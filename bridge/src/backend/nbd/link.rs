@@ -146,7 +146,6 @@ impl Link {
         deadline: Option<Instant>,
         waker: &Waker,
     ) -> Result<u64, (Outcome, Data)> {
-        let now = Instant::now();
         let mut inner = self.lock();
         if inner.failed || inner.closing {
             return Err((Outcome::Answered(Err(inner.failure(&self.config.name))), data));
@@ -160,14 +159,14 @@ impl Link {
             data,
             stage: Stage::Queued,
             waker: Some(waker.clone()),
-            sent_at: now,
+            sent_at: None,
             deadline,
             last_chance: false,
             covered: Coverage::default(),
             error: None,
         };
         if away && deadline.is_none() {
-            let options = &self.config.options;
+            let (options, now) = (&self.config.options, Instant::now());
             let end = inner.down_since.unwrap_or(now) + options.reconnect_timeout;
             slot.last_chance = end <= now;
             slot.deadline = Some(if slot.last_chance { now + options.connect_timeout } else { end });
@@ -206,7 +205,7 @@ impl Link {
             }
             stage => {
                 slot.stage = stage;
-                if !slot.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
+                if slot.waker.as_ref().is_none_or(|known| !known.will_wake(waker)) {
                     slot.waker = Some(waker.clone());
                 }
                 Poll::Pending

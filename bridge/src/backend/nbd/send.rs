@@ -54,7 +54,7 @@ impl Connection {
             // One whose caller has lost interest is not there any more.
             let Some(slot) = slots.get_mut(cookie) else { continue };
             slot.stage = Stage::Sending;
-            slot.sent_at = now;
+            slot.sent_at = Some(now);
             self.sending.push_back(cookie);
             self.in_flight += 1;
         }

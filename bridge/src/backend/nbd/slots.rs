@@ -60,8 +60,8 @@ pub(super) struct Slot {
     pub(super) stage: Stage,
     /// Who waits for the outcome; None once nobody does.
     pub(super) waker: Option<Waker>,
-    /// When it went out.
-    pub(super) sent_at: Instant,
+    /// When it went out, once it has.
+    pub(super) sent_at: Option<Instant>,
     /// While there is no connection, it fails then.
     pub(super) deadline: Option<Instant>,
     /// It came when the server had been away for too long: it has one attempt to connect.
@@ -147,7 +147,7 @@ impl Slots {
     /// When the one went out that is on the wire for longest.
     pub(super) fn oldest_sent(&self) -> Option<Instant> {
         let slots = self.entries.iter().filter_map(|entry| entry.slot.as_ref());
-        slots.filter(|slot| slot.is_on_the_wire()).map(|slot| slot.sent_at).min()
+        slots.filter(|slot| slot.is_on_the_wire()).filter_map(|slot| slot.sent_at).min()
     }
 }
 
@@ -158,6 +158,6 @@ impl Slot {
 }
 
 fn split(cookie: u64) -> (u32, usize) {
-    // Both halves fit.
-    ((cookie >> 32) as u32, (cookie & u64::from(u32::MAX)) as u32 as usize)
+    let [a, b, c, d, index @ ..] = cookie.to_be_bytes();
+    (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes(index) as usize)
 }
