@@ -35,6 +35,33 @@ pub(super) struct Connection {
     pub(super) leaving: bool,
     /// It has answered a request.
     pub(super) answered: bool,
+    pub(super) look: Look,
+}
+
+/// A guess whether one more look at the socket finds something, from how the last ones went. Replies that come one by
+/// one are then gathered, instead of waking everybody for each.
+#[derive(Default)]
+pub(super) struct Look {
+    eager: u8,
+    declined: u8,
+    /// A look is being taken.
+    pub(super) taken: bool,
+}
+
+impl Look {
+    /// Looks that may find nothing after one that found something.
+    const EAGER: u8 = 4;
+    /// One look in so many is taken in any case.
+    const PROBE: u8 = 32;
+
+    pub(super) fn is_worth_it(&mut self) -> bool {
+        self.declined = if self.eager > 0 { 0 } else { (self.declined + 1) % Self::PROBE };
+        self.eager > 0 || self.declined == 0
+    }
+
+    pub(super) fn found(&mut self, something: bool) {
+        self.eager = if something { Self::EAGER } else { self.eager.saturating_sub(1) };
+    }
 }
 
 /// What comes next.
@@ -67,6 +94,7 @@ impl Connection {
             expect: Expect::Header,
             leaving: false,
             answered: false,
+            look: Look::default(),
         })
     }
 

@@ -49,8 +49,17 @@ impl Connection {
         };
         let straight = direct.len();
         let mut places = [IoSliceMut::new(direct), IoSliceMut::new(&mut self.input[self.end..])];
-        let received = match self.socket.poll_receive(cx, &mut places) {
-            Poll::Pending => return Ok(false),
+        let look = self.in_flight > 1 && self.look.is_worth_it();
+        let looked = std::mem::replace(&mut self.look.taken, look);
+        let polled = self.socket.poll_receive(cx, &mut places, look);
+        if looked {
+            self.look.found(polled.is_ready());
+        }
+        let received = match polled {
+            Poll::Pending => {
+                self.look.taken = false;
+                return Ok(false);
+            }
             Poll::Ready(Ok(0)) => return Err("the server closed the connection".into()),
             Poll::Ready(Ok(received)) => received,
             Poll::Ready(Err(error)) => return Err(format!("receiving failed: {error}")),

@@ -26,11 +26,12 @@ impl Socket {
     }
 
     /// Receives what is there into these places; 0 at the server's end. Pending: the task is woken when there may
-    /// be more.
+    /// be more. With `look`, the next call looks for itself even where this one seems to have taken all.
     pub(super) fn poll_receive(
         &self,
         cx: &mut Context<'_>,
         places: &mut [IoSliceMut<'_>],
+        look: bool,
     ) -> Poll<io::Result<usize>> {
         let wanted: usize = places.iter().map(|place| place.len()).sum();
         loop {
@@ -41,7 +42,7 @@ impl Socket {
                     .map(|message| message.bytes)
             })?;
             // Its next bytes raise a new event.
-            if received.is_none_or(|n| n > 0 && n < wanted) {
+            if received.is_none_or(|n| n > 0 && n < wanted && !look) {
                 guard.clear_ready();
             }
             if let Some(n) = received {
