@@ -9,6 +9,7 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod bench;
 pub(crate) mod create;
 mod info;
 pub(crate) mod logging;
@@ -27,6 +28,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use bench::{BenchArgs, End};
 pub(crate) use info::InfoArgs;
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
@@ -43,6 +45,8 @@ pub(crate) enum Action {
     Serve(Box<ServeArgs>),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge bench`: measure a server.
+    Bench(Box<BenchArgs>),
     /// `nbdbridge info`: tell what a source is.
     Info(Box<InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
@@ -120,6 +124,8 @@ enum Words {
     Net(Box<net::NetCommand>),
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// Measure an NBD server
+    Bench(Box<bench::BenchCommand>),
     /// Tell what a source is
     Info(Box<InfoArgs>),
     /// Print a completion script for a shell
@@ -143,6 +149,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Err(error) => Err(report(&error.into())),
         },
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Bench(flags) => match flags.into_args() {
+            Ok(args) => Ok(Action::Bench(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }

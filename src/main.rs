@@ -2,6 +2,7 @@
 
 mod allocator;
 mod assemble;
+mod bench;
 mod cli;
 mod daemon;
 mod door;
@@ -33,6 +34,7 @@ fn run(action: Action) -> Result<ExitCode> {
             serve::run(&args)
         }
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
