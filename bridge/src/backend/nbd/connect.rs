@@ -18,6 +18,9 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
 
+/// Room in a Unix socket for what the server has not taken yet, so that a large write fits. TCP grows by itself.
+const UNIX_SEND_BYTES: usize = 1 << 20;
+
 /// A connection whose transmission phase begins.
 pub(super) struct Fresh {
     /// Non-blocking, and in no event queue.
@@ -76,6 +79,8 @@ async fn reach(uri: &Uri, wants: Wants, limit: Duration) -> Result<(OwnedFd, Cli
             Address::Unix(path) => {
                 let connected = UnixStream::connect(path).await;
                 let mut stream = connected.map_err(|error| format!("cannot connect: {error}"))?;
+                // It gets what the system allows: a smaller buffer only means more waits.
+                let _ = sockopt::set_socket_send_buffer_size(stream.as_fd(), UNIX_SEND_BYTES);
                 let (step, early) = shake_hands(&mut stream, wants).await?;
                 let stream = stream.into_std().map_err(|error| error.to_string())?;
                 Ok((OwnedFd::from(stream), step, early))
