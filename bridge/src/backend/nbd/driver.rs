@@ -41,7 +41,7 @@ enum End {
 
 /// Drives a link until it is closed, or for a further link until its connection is lost.
 pub(super) async fn drive(link: Arc<Link>) {
-    let driving = Driving(link.clone());
+    let _driving = Driving(link.clone());
     let mut pause = Duration::ZERO;
     loop {
         let fresh = link.lock().fresh.take();
@@ -49,15 +49,15 @@ pub(super) async fn drive(link: Arc<Link>) {
             Some(fresh) => fresh,
             None => match link.reach(&mut pause).await {
                 Some(fresh) => fresh,
-                None => return driving.end(),
+                None => return,
             },
         };
         match link.converse(fresh, &mut pause).await {
-            End::Closing => return driving.end(),
+            End::Closing => return,
             End::Lost(reason) => {
                 link.lose(reason);
                 if !link.primary {
-                    return driving.end();
+                    return;
                 }
             }
         }
@@ -66,10 +66,6 @@ pub(super) async fn drive(link: Arc<Link>) {
 
 /// Says that there is a driver. Dropped where its thread ends, it hands everything back, so that another takes over.
 struct Driving(Arc<Link>);
-
-impl Driving {
-    fn end(self) {}
-}
 
 impl Drop for Driving {
     fn drop(&mut self) {
