@@ -382,7 +382,7 @@ fn another_export_in_its_place_fails_the_source() {
     type Change = fn(&mut Offer);
     let changes: [(Change, &str); 4] = [
         (|offer| offer.size -= 512, "bytes now"),
-        (|offer| offer.flags = offer.flags | TransmissionFlags::READ_ONLY, "read-only now"),
+        (|offer| offer.flags |= TransmissionFlags::READ_ONLY, "read-only now"),
         (|offer| offer.flags = offer.flags.without(TransmissionFlags::SEND_FUA), "SEND_FUA"),
         (|offer| offer.style = ReplyStyle::Simple, "base:allocation"),
     ];
@@ -439,7 +439,7 @@ fn strict_makes_every_change_durable() {
     let error = NbdBackend::open(&server.uri(), &strict).err().unwrap().to_string();
     assert!(error.contains("needs FUA"), "{error}");
     // Who changes nothing needs nothing.
-    server.offer(|offer| offer.flags = offer.flags | TransmissionFlags::READ_ONLY);
+    server.offer(|offer| offer.flags |= TransmissionFlags::READ_ONLY);
     NbdBackend::open(&server.uri(), &strict).unwrap();
 }
 

@@ -4,7 +4,7 @@
 //! The client blocks, with a limit on every wait, so that a broken server fails a test instead of hanging it.
 
 // Each test program uses its own part of this.
-#![allow(dead_code, unused_imports)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 mod client;
 mod negotiation;
