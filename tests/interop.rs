@@ -9,7 +9,6 @@ mod support;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use support::{Random, Server, need, run, text, try_run};
 
