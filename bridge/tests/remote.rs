@@ -569,7 +569,7 @@ fn servers_that_cannot_be_used_are_told_in_a_line() {
         (b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53", false, "oldstyle"),
         (b"NBDMAGICIHAVEOPT\x00\x03", false, "let 200ms pass"),
         (b"NBDMAGICIHAVEOPT\x00\x00", true, "no export called \"disk\""),
-        (b"NBDMAGICIHAVEOPT\x00\x00\xff\xff\xff\xff\xff\xff\xff\xff\x00\x01", false, "make no sense"),
+        (b"NBDMAGICIHAVEOPT\x00\x02\xff\xff\xff\xff\xff\xff\xff\xff\x00\x01", false, "make no sense"),
     ] {
         let (_folder, uri) = odd_server(greeting, hang_up);
         let error = NbdBackend::open(&uri, &brief).err().unwrap().to_string();

@@ -10,7 +10,7 @@ use super::values::{self, Source};
 #[derive(Debug, Args)]
 #[command(after_help = "Every export of a server:  nbdbridge info --list nbd://server")]
 pub(crate) struct InfoArgs {
-    /// A remote export: nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH
+    /// A remote export: nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH
     #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(values::parse_source))]
     pub(crate) source: Source,
 
