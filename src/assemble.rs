@@ -21,6 +21,7 @@ use bridge::backend::file::FileOptions;
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
 use bridge::backend::image::open_any;
 use bridge::backend::memory::MemoryBackend;
+use bridge::backend::nbd::NbdBackend;
 use bridge::backend::null::NullBackend;
 use bridge::layer::{DetectZeroes as DetectLayer, Fault, ReadOnly, Slice, ZeroMode};
 use bridge::{Backend, Export, partition};
@@ -107,6 +108,9 @@ pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),
+        Source::Remote(remote) => {
+            return Ok(Box::new(NbdBackend::open(&remote.uri, &args.remote.options(remote))?));
+        }
         Source::Path(path) => path,
     };
     let exists = std::fs::symlink_metadata(path).is_ok();

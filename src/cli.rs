@@ -20,6 +20,7 @@ pub(crate) mod logging;
 mod net;
 mod process;
 mod qemu;
+mod remote;
 mod source;
 mod values;
 
@@ -60,7 +61,7 @@ pub(crate) enum Action {
     /// `nbdbridge bench`: measure a server.
     Bench(Box<BenchArgs>),
     /// `nbdbridge info`: tell about a source.
-    Info(InfoArgs),
+    Info(Box<InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -167,7 +168,7 @@ enum Words {
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
     /// Tell what a disk image is
-    Info(InfoArgs),
+    Info(Box<InfoArgs>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]

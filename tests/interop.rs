@@ -9,33 +9,8 @@ mod support;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
-use support::{Random, Server, text};
-
-/// Skips the test that calls it where a program is not there.
-macro_rules! need {
-    ($test:literal, $($tool:literal),+) => {
-        for tool in [$($tool),+] {
-            if Command::new(tool).arg("--version").output().is_err() {
-                eprintln!("SKIP: {}: no {tool} here", $test);
-                return;
-            }
-        }
-    };
-}
-
-fn try_run(program: &str, args: &[&str]) -> Output {
-    // Nothing of this takes a minute; a tool that waits for ever fails its test.
-    Command::new("timeout").args(["-k", "1", "60", program]).args(args).output().unwrap()
-}
-
-/// Runs what must succeed, and gives what it printed.
-fn run(program: &str, args: &[&str]) -> String {
-    let output = try_run(program, args);
-    assert!(output.status.success(), "{program} {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
+use support::{Random, Server, need, run, text, try_run};
 
 const SIZE: u64 = 16 << 20;
 

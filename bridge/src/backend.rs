@@ -19,6 +19,7 @@ pub mod crash;
 pub mod file;
 pub mod image;
 pub mod memory;
+pub mod nbd;
 pub mod null;
 
 /// A boxed future that stays on its worker.

@@ -134,6 +134,14 @@ pub enum OpenError {
         /// What is not possible, and the way out.
         reason: String,
     },
+    /// A remote export that cannot be had.
+    #[error("{uri}: {reason}")]
+    Remote {
+        /// Its address.
+        uri: String,
+        /// What is wrong with it, or with the way there.
+        reason: String,
+    },
     /// Anything else the operating system said.
     #[error("{}: {action}: {source}", .path.display())]
     Os {

@@ -1,20 +1,24 @@
 //! `nbdbridge info`: the words of the command line.
 
-use std::ffi::OsString;
-
 use clap::Args;
-use clap::builder::TypedValueParser;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
+use super::remote::RemoteArgs;
 use super::source::SourceArgs;
 use super::values::{self, AioMode, AllowBacking, CacheMode, DetectZeroes, DiscardMode, Format, Source};
 
 /// What to tell about.
 #[derive(Debug, Args)]
+#[command(after_help = "Every export of a server:  nbdbridge info --list nbd://server")]
 pub(crate) struct InfoArgs {
-    /// An image, a block device, mem:SIZE or null:SIZE
+    /// An image, a block device, or a remote export: nbd://HOST:PORT/NAME, nbd+unix:///NAME?socket=PATH
     #[arg(value_name = "SOURCE",
-          value_parser = clap::builder::OsStringValueParser::new().try_map(parse_source))]
+          value_parser = OsStringValueParser::new().try_map(values::parse_source))]
     pub(crate) source: Source,
+
+    /// All exports of a remote server
+    #[arg(short = 'L', long, conflicts_with = "map")]
+    pub(crate) list: bool,
 
     /// Image format; without it, it is told from the first sector
     #[arg(short, long, value_name = "FORMAT", value_parser = values::parse_format)]
@@ -31,10 +35,10 @@ pub(crate) struct InfoArgs {
     /// Follow backing files outside of the image's own folder
     #[arg(long, value_name = "WHERE", default_value = "folder")]
     pub(crate) allow_backing: AllowBacking,
-}
 
-fn parse_source(text: OsString) -> Result<Source, String> {
-    values::parse_source(text)
+    /// How remote exports are reached.
+    #[command(flatten)]
+    pub(crate) remote: RemoteArgs,
 }
 
 impl InfoArgs {
@@ -54,6 +58,7 @@ impl InfoArgs {
             faults: Vec::new(),
             create: None,
             lock: false,
+            remote: self.remote.clone(),
         }
     }
 }

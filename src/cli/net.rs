@@ -62,7 +62,8 @@ fn default_host() -> Host {
                   NBDBRIDGE_LOG (as in debug, or bridge=trace) says what is logged, and overrides -v."
 )]
 pub(super) struct NetCommand {
-    /// What to serve: the path of a raw image or block device, file:PATH, mem:SIZE or null:SIZE
+    /// What to serve: the path of a raw image or block device, file:PATH, nbd://HOST:PORT/NAME,
+    /// nbd+unix:///NAME?socket=PATH, mem:SIZE or null:SIZE
     #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(values::parse_source))]
     source: Option<Source>,
 

@@ -30,7 +30,7 @@ const FOREIGN: &[Foreign] = &[
         "disconnect",
         "`nbdbridge detach` lets go of our devices; nbd-client -d DEV of one that nbd-client attached",
     ),
-    flag('L', "list", "`nbdbridge info URI` shows what a server has, and so does nbdinfo --list URI"),
+    flag('L', "list", "`nbdbridge info --list URI` shows a server's exports"),
     value(
         'l',
         "load-snapshot",

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::UsageError;
+use super::remote::RemoteArgs;
 use super::values::{self, AioMode, AllowBacking, CacheMode, DetectZeroes, DiscardMode, Format, Source};
 use crate::size;
 
@@ -37,6 +38,8 @@ pub(crate) struct SourceArgs {
     pub(crate) create: Option<u64>,
     /// Take qemu's locks on images.
     pub(crate) lock: bool,
+    /// How remote exports are used.
+    pub(crate) remote: RemoteArgs,
 }
 
 /// An overlay.
@@ -153,6 +156,9 @@ pub(super) struct SourceFlags {
     /// Take no locks on the image: another writer may destroy it
     #[arg(long)]
     no_lock: bool,
+
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 impl SourceFlags {
@@ -188,6 +194,7 @@ impl SourceFlags {
             faults: self.fault,
             create: self.create,
             lock: !self.no_lock,
+            remote: self.remote,
         })
     }
 }

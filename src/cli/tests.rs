@@ -178,10 +178,15 @@ fn sources() {
     assert_eq!(parse("file:///srv/disk.img"), Ok(path("///srv/disk.img")));
     assert_eq!(
         parse("a://b"),
-        Err("URLs are not in this version; give a path, mem:SIZE or null:SIZE".into())
+        Err("of URLs only nbd:// and nbd+unix:// are sources; give one, a path, mem:SIZE or null:SIZE".into())
     );
+    let remote = parse("nbd+unix:///x?socket=y").unwrap();
+    assert!(matches!(&remote, Source::Remote(_)) && remote.to_string() == "nbd+unix:///x?socket=y");
+    assert_eq!(parse("nbd:x"), Ok(path("nbd:x")));
     assert_eq!(parse("a b://c"), Ok(path("a b://c")));
-    for text in ["", "file:", "mem:", "mem:x", "null:-1", "mem:8E", "nbd+unix:///x?socket=y"] {
+    for text in
+        ["", "file:", "mem:", "mem:x", "null:-1", "mem:8E", "nbds://h/x", "nbd+unix:///x", "nbd+ssh://h/x"]
+    {
         assert!(parse(text).is_err(), "{text}");
     }
     let odd = OsString::from_vec(vec![b'd', 0xff]);

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use nbd_proto::uri::Uri;
 
+use super::remote::{RemoteSource, parse_remote};
 use crate::size;
 
 /// Longest path of a Unix socket: `sun_path` less its closing zero.
@@ -30,6 +32,8 @@ pub(crate) enum Source {
     Memory(u64),
     /// `null:SIZE`: reads zeroes, forgets writes.
     Null(u64),
+    /// `nbd://...`, `nbd+unix://...`: another server's export.
+    Remote(RemoteSource),
 }
 
 impl Source {
@@ -50,6 +54,7 @@ impl fmt::Display for Source {
             Source::Path(path) => path.display().fmt(f),
             Source::Memory(size) => write!(f, "mem:{size}"),
             Source::Null(size) => write!(f, "null:{size}"),
+            Source::Remote(remote) => remote.fmt(f),
         }
     }
 }
@@ -63,10 +68,15 @@ pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     if let Some(size) = sized("null:") {
         return size::parse(size).map(Source::Null).map_err(|error| error.to_string());
     }
+    if let Some(uri) = text.to_str().filter(|text| Uri::is_meant(text)) {
+        return parse_remote(uri).map(Source::Remote);
+    }
     let bytes = text.as_bytes();
     let path = bytes.strip_prefix(b"file:").unwrap_or(bytes);
     if path.is_empty() {
-        return Err("an empty path; give an image, a block device, mem:SIZE or null:SIZE".into());
+        return Err(
+            "an empty path; give an image, a block device, nbd://HOST/NAME, mem:SIZE or null:SIZE".into()
+        );
     }
     if path.contains(&0) {
         return Err("a path cannot hold a zero byte".into());
@@ -75,7 +85,9 @@ pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     if scheme_end
         .is_some_and(|end| end > 0 && path[..end].iter().all(|b| b.is_ascii_alphanumeric() || *b == b'+'))
     {
-        return Err("URLs are not in this version; give a path, mem:SIZE or null:SIZE".into());
+        return Err(
+            "of URLs only nbd:// and nbd+unix:// are sources; give one, a path, mem:SIZE or null:SIZE".into(),
+        );
     }
     Ok(Source::Path(PathBuf::from(OsStr::from_bytes(path))))
 }

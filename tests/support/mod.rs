@@ -4,7 +4,7 @@
 //! The client blocks, with a limit on every wait, so that a broken server fails a test instead of hanging it.
 
 // Each test program uses its own part of this.
-#![allow(dead_code, unused_imports)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 mod client;
 pub(crate) mod mount;
@@ -19,4 +19,4 @@ pub(crate) use negotiation::{Negotiation, go_data, meta_data};
 pub(crate) use random::Random;
 pub(crate) use server::{CONTROL_FOLDER, PROGRAM, Server, eventually, net, one_line, resident_bytes, text};
 pub(crate) use stream::{LIMIT, Stream};
-pub(crate) use tools::{Loop, lacks, refusal, run};
+pub(crate) use tools::{Loop, lacks, need, refusal, run, try_run};

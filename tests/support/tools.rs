@@ -1,7 +1,7 @@
 //! The tools that people have, run by tests.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use super::{net, one_line, text};
 
@@ -16,9 +16,27 @@ pub(crate) fn lacks(test: &str, tools: &[&str]) -> bool {
     missing.is_some()
 }
 
+/// Skips the test that calls it where a program is not there.
+macro_rules! need {
+    ($test:literal, $($tool:literal),+) => {
+        for tool in [$($tool),+] {
+            if std::process::Command::new(tool).arg("--version").output().is_err() {
+                eprintln!("SKIP: {}: no {tool} here", $test);
+                return;
+            }
+        }
+    };
+}
+pub(crate) use need;
+
+pub(crate) fn try_run(program: &str, args: &[&str]) -> Output {
+    // Nothing of this takes a minute; a tool that waits for ever fails its test.
+    Command::new("timeout").args(["-k", "1", "60", program]).args(args).output().unwrap()
+}
+
 /// Runs a tool that must succeed, and gives what it said.
 pub(crate) fn run(tool: &str, args: &[&str]) -> String {
-    let output = Command::new(tool).args(args).output().unwrap();
+    let output = try_run(tool, args);
     assert!(output.status.success(), "{tool} {args:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
 }

@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports, reason = "each test program uses its part")]
 
 pub mod disk;
+pub mod nbd;
 pub mod stacks;
 
 use std::io::Write;

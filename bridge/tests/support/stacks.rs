@@ -2,17 +2,24 @@
 
 use std::any::Any;
 use std::fs::File;
-use std::process::Command;
+use std::io::Write;
+use std::process::{Child, Command};
+use std::time::Duration;
 
 use bridge::Backend;
 use bridge::backend::crash::CrashBackend;
 use bridge::backend::file::{AioMode, CacheMode, DiscardMode, FileBackend, FileOptions};
 use bridge::backend::image::{CreateOptions, ImageBackend, ImageFormat, ImageOptions, create, open_any};
 use bridge::backend::memory::MemoryBackend;
+use bridge::backend::nbd::{NbdBackend, NbdOptions};
 use bridge::backend::null::NullBackend;
 use bridge::layer::overlay::{self, Overlay};
 use bridge::layer::{DetectZeroes, Fault, ReadOnly, Slice, Throttle, ThrottleHandle, ZeroMode};
 
+use nbd_proto::uri::Uri;
+use nbd_proto::{ReplyStyle, TransmissionFlags};
+
+use super::nbd::{ALL_FLAGS, Act, Offer, Seen, Server};
 use super::pattern;
 
 /// What is asked for; odd on purpose. A stack may round it down (a loop device has whole sectors).
@@ -76,6 +83,11 @@ pub const STACKS: &[Stack] = &[
     stores("file on disk, write-through, no discard", |size| file(DISK_FOLDER, size, FileOptions { cache: CacheMode::WriteThrough, discard: DiscardMode::Ignore, ..Default::default() })),
     stores("loop device", |size| loop_device(size, FileOptions::default())),
     stores("loop device, O_DIRECT", |size| loop_device(size, FileOptions { cache: CacheMode::None, ..Default::default() })),
+    stores("nbd, simple replies", |size| remote(Offer::new(size, ReplyStyle::Simple))),
+    stores("nbd, structured replies, small payloads", |size| remote(Offer { blocks: [1, 4096, 100_000], ..Offer::new(size, ReplyStyle::Structured) })),
+    stores("nbd, extended headers, a connection each", |size| remote(Offer { flags: ALL_FLAGS | TransmissionFlags::CAN_MULTI_CONN, ..Offer::new(size, ReplyStyle::Extended) })),
+    stores("nbd, cut off again and again", |size| cut_off(Offer { flags: ALL_FLAGS | TransmissionFlags::CAN_MULTI_CONN, ..Offer::new(size, ReplyStyle::Structured) })),
+    stores("nbd, qemu-nbd", |size| qemu_nbd(size, &[])),
     stores("throttle over file on tmpfs", |size| file("/dev/shm", size, FileOptions::default()).map(|(disk, keep)| (throttle(disk, "iops-total=30000"), keep))),
     stores("slice of memory", |size| made(slice(memory(size + (1 << 20) + 7), 4096, size))),
     stores("slice of a file on disk", |size| file(DISK_FOLDER, size + 70_000, FileOptions::default()).map(|(disk, keep)| (slice(disk, 65_537, size), keep))),
@@ -117,6 +129,7 @@ pub const STACKS: &[Stack] = &[
     Stack { name: "null", kind: Kind::Discards, make: |size| made(null(size)) },
     Stack { name: "throttle over null", kind: Kind::Discards, make: |size| made(throttle(null(size), "iops-total=30000")) },
     Stack { name: "read-only memory", kind: Kind::ReadOnly, make: |size| made(read_only(memory(size))) },
+    Stack { name: "nbd, qemu-nbd read-only", kind: Kind::ReadOnly, make: |size| qemu_nbd(size, &["--read-only"]) },
     Stack { name: "throttle over read-only crash", kind: Kind::ReadOnly, make: |size| made(throttle(read_only(crash(size)), "iops-total=30000")) },
 ];
 
@@ -214,6 +227,54 @@ fn loop_device(size: u64, options: FileOptions) -> Result<Made, String> {
     let device = Loop(String::from_utf8_lossy(&made.stdout).trim().to_owned(), folder);
     let disk = FileBackend::open(&device.0, &options).map_err(|error| error.to_string())?;
     Ok((Box::new(disk), Some(Box::new(device))))
+}
+
+/// A server of ours in this process.
+fn remote(offer: Offer) -> Result<Made, String> {
+    let server = Server::new(offer);
+    Ok((Box::new(server.open(&NbdOptions::default())), Some(Box::new(server))))
+}
+
+/// The same, but now and then a request is carried out and the connection ends instead of its answer.
+fn cut_off(offer: Offer) -> Result<Made, String> {
+    let cut = |seen: &Seen<'_>| if seen.number % 37 == 36 { Act::HangUpAfter } else { Act::Well };
+    let server = Server::with_script(offer, cut);
+    Ok((Box::new(server.open(&NbdOptions::default())), Some(Box::new(server))))
+}
+
+/// QEMU's server. The image holds the pattern where it cannot be written.
+fn qemu_nbd(size: u64, flags: &[&str]) -> Result<Made, String> {
+    struct Qemu(Child, #[expect(dead_code, reason = "removed when dropped")] tempfile::TempDir);
+    impl Drop for Qemu {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let (image, socket) = (folder.path().join("image"), folder.path().join("sock"));
+    // Whole sectors: QEMU has no others.
+    let size = size - size % 512;
+    let made = File::create(&image).and_then(|mut file| {
+        if flags.is_empty() {
+            file.set_len(size)
+        } else {
+            file.write_all(&pattern(0, usize::try_from(size).unwrap()))
+        }
+    });
+    made.map_err(|error| error.to_string())?;
+    let mut command = Command::new("qemu-nbd");
+    command.args(["--format=raw", "--persistent", "--shared=0", "--discard=unmap"]).args(flags);
+    let child = command.arg("--socket").arg(&socket).arg(&image).spawn();
+    let server = Qemu(child.map_err(|error| format!("qemu-nbd: {error}"))?, folder);
+    let uri = Uri::unix(&socket, "");
+    for _ in 0..500 {
+        if let Ok(disk) = NbdBackend::open(&uri, &NbdOptions::default()) {
+            return Ok((Box::new(disk), Some(Box::new(server))));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Err("qemu-nbd does not answer".into())
 }
 
 pub fn memory(size: u64) -> Box<dyn Backend> {
