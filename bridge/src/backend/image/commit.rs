@@ -16,7 +16,7 @@ use std::io;
 use std::ops::Range;
 
 use super::header::{self, Header};
-use super::host::{BLOCK, Blocks, Host, to_io};
+use super::host::{BLOCK, BlockBytes, Blocks, Host, to_io};
 use crate::{Buffer, Flags};
 
 /// Most bytes of one write.
@@ -183,11 +183,7 @@ fn runs<'a>(numbers: impl Iterator<Item = &'a u64>) -> Vec<Range<u64>> {
 }
 
 /// Refcounts, each the larger of two, in a block whose counters have 2^`order` bits.
-fn larger_refcounts(
-    old: &[u8; BLOCK as usize],
-    new: &[u8; BLOCK as usize],
-    order: u32,
-) -> Box<[u8; BLOCK as usize]> {
+fn larger_refcounts(old: &BlockBytes, new: &BlockBytes, order: u32) -> Box<BlockBytes> {
     let mut larger = Box::new(*new);
     if order < 3 {
         let width = 1_u32 << order;

@@ -212,7 +212,7 @@ fn judge(header: &Header) -> Result<(), String> {
             return Err(malformed(&format!("{what}: at {offset:#x}")));
         }
     }
-    if header.size % 512 != 0 {
+    if !header.size.is_multiple_of(512) {
         return Err(malformed(&format!("a size of {} bytes, no multiple of 512", header.size)));
     }
     if header.reftable_clusters == 0 {

@@ -23,8 +23,11 @@ use crate::{Backend, Buffer, Error, ErrorKind, Flags};
 /// Unit of what is kept back, in bytes.
 pub(super) const BLOCK: u64 = 512;
 
+/// The bytes of one.
+pub(super) type BlockBytes = [u8; 512];
+
 /// Blocks that are kept back, by their number.
-pub(super) type Blocks = BTreeMap<u64, Box<[u8; BLOCK as usize]>>;
+pub(super) type Blocks = BTreeMap<u64, Box<BlockBytes>>;
 
 /// One file of an image. Clones are the same file.
 #[derive(Clone)]
@@ -135,7 +138,7 @@ impl Host {
     pub(super) async fn read(&self, offset: u64, len: usize) -> io::Result<Buffer> {
         // First what is kept: a commit meanwhile moves it to the file and forgets it here.
         let end = offset + len as u64;
-        let kept: Vec<(u64, Box<[u8; BLOCK as usize]>)> = match self.blocks() {
+        let kept: Vec<(u64, Box<BlockBytes>)> = match self.blocks() {
             Some(blocks) => blocks
                 .range(offset / BLOCK..end.div_ceil(BLOCK))
                 .map(|(number, block)| (*number, block.clone()))

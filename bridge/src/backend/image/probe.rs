@@ -121,9 +121,7 @@ fn is_descriptor(sector: &[u8]) -> bool {
     }
     let mut lines = sector.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"));
-    first.is_some_and(|line| {
-        [b"version=1".as_slice(), b"version=2", b"version=3"].iter().any(|version| line == *version)
-    })
+    first.is_some_and(|line| [b"version=1".as_slice(), b"version=2", b"version=3"].contains(&line))
 }
 
 /// The format of the image at `path`.

@@ -12,6 +12,7 @@ use crate::backend::crash::{CrashBackend, CrashHandle};
 use crate::random::Random;
 
 const SECTOR: u64 = 512;
+const SECTOR_BYTES: usize = 512;
 const SECTORS: u64 = 1024;
 const TASKS: u64 = 8;
 const STEPS: usize = 150;
@@ -107,7 +108,7 @@ impl Run {
         let mut data = Vec::new();
         for sector in range.clone() {
             let stamp = if zero { 0 } else { self.next_stamp.replace(self.next_stamp.get() + 1) };
-            data.extend(stamp.to_le_bytes().repeat(SECTOR as usize / 8));
+            data.extend(stamp.to_le_bytes().repeat(SECTOR_BYTES / 8));
             self.sectors.borrow_mut()[sector].stamps.push(stamp);
         }
         let (offset, bytes) = (start * SECTOR, len * SECTOR);
@@ -154,7 +155,7 @@ impl Run {
         }
         let bytes = std::fs::read(&raw).unwrap();
         let sectors = self.sectors.borrow();
-        for (n, (bytes, sector)) in bytes.chunks(SECTOR as usize).zip(sectors.iter()).enumerate() {
+        for (n, (bytes, sector)) in bytes.chunks(SECTOR_BYTES).zip(sectors.iter()).enumerate() {
             let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
             let torn = bytes[..bytes.len() - 8] != bytes[8..];
             if torn || !sector.stamps[sector.oldest..].contains(&stamp) {
