@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command as Program, Stdio};
 
 use nbd_proto::ReplyStyle;
-use support::{Loop, Server, lacks, refusal, run, text};
+use support::{Loop, PROGRAM, Server, lacks, refusal, run, text};
 
 const MIB: u64 = 1 << 20;
 
@@ -43,6 +43,14 @@ fn check_partitions(path: &Path, expected: &[(u32, u64, u64)], others: &str) {
             assert_eq!(found, mark, "partition {number}");
         }
         server.stop();
+    }
+    let told = run(PROGRAM, &["info", text(path)]);
+    for (number, start, _) in expected {
+        let line = |line: &str| {
+            line.trim_start().starts_with(&format!("{number} "))
+                && line.contains(&format!(" from byte {start},"))
+        };
+        assert!(told.lines().any(line), "{told}");
     }
     let line = refusal(&[text(path), "-P", "99"]);
     assert!(line.ends_with(&format!("has no partition 99; {others}\n")), "{line}");

@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bridge::backend::image::{self, Description};
-use bridge::{Backend, Capabilities, ExtentKind, Flags};
+use bridge::partition::{Partition, Scheme, Table};
+use bridge::{Backend, Capabilities, ExtentKind, Flags, partition};
+use serde_json::json;
 
 use crate::cli::{InfoArgs, Source};
 use crate::{assemble, size};
@@ -23,6 +25,7 @@ enum Value {
     Bytes(u64),
     Flag(bool),
     List(Vec<String>),
+    Partitions(Table),
 }
 
 /// A run of the map.
@@ -43,12 +46,15 @@ pub(super) fn tell(args: &InfoArgs) -> Result<String> {
         facts.extend(image_facts(path, args)?);
     }
     match &opened {
-        Ok(source) => facts.extend(source_facts(&**source)),
+        Ok(source) => {
+            facts.extend(source_facts(&**source));
+            facts.extend(partition_facts(&**source)?);
+        }
         Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
         Err(_) => {}
     }
     let map = match opened {
-        Ok(source) if args.map => Some(map_of(source)?),
+        Ok(source) if args.map => Some(map_of(&*source)?),
         Err(error) if args.map => return Err(error),
         _ => None,
     };
@@ -107,13 +113,24 @@ fn source_facts(source: &dyn Backend) -> Vec<Fact> {
     ]
 }
 
+/// The partitions; an unsound table is a fact too.
+fn partition_facts(source: &dyn Backend) -> Result<Option<Fact>> {
+    Ok(match assemble::apart(|| partition::read(source))? {
+        Ok(table) => table.map(|table| Fact { name: "partition-table", value: Value::Partitions(table) }),
+        Err(error) => Some(text("partition-table", error.to_string())),
+    })
+}
+
+fn scheme_name(table: &Table) -> &'static str {
+    match table.scheme {
+        Scheme::Gpt => "GPT",
+        Scheme::Mbr => "MBR",
+    }
+}
+
 /// Asks for the whole map, piece by piece.
-fn map_of(source: Box<dyn Backend>) -> Result<Vec<Run>> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build_local(tokio::runtime::LocalOptions::default())
-        .context("no event loop")?;
-    runtime.block_on(async {
+fn map_of(source: &dyn Backend) -> Result<Vec<Run>> {
+    assemble::apart(|| async {
         let end = source.geometry().size;
         let mut runs: Vec<Run> = Vec::new();
         let mut at = 0;
@@ -127,7 +144,7 @@ fn map_of(source: Box<dyn Backend>) -> Result<Vec<Run>> {
             }
         }
         Ok(runs)
-    })
+    })?
 }
 
 fn kind_name(kind: ExtentKind) -> &'static str {
@@ -149,6 +166,13 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
             Value::Bytes(bytes) => line(&format!("{} ({bytes} bytes)", size::human(*bytes))),
             Value::Flag(set) => line(if *set { "yes" } else { "no" }),
             Value::List(items) => line(&items.join(", ")),
+            Value::Partitions(table) => {
+                line(scheme_name(table));
+                for Partition { number, start, len, kind, name } in &table.partitions {
+                    let (size, name) = (size::human(*len), name.escape_debug());
+                    text.push_str(&format!("{number:>16} {size} from byte {start}, type {kind} {name}\n"));
+                }
+            }
         }
     }
     for Run { start, len, kind } in map.unwrap_or_default() {
@@ -158,36 +182,29 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
 }
 
 fn json(facts: &[Fact], map: Option<&[Run]>) -> String {
-    let mut members: Vec<String> = facts
-        .iter()
-        .map(|Fact { name, value }| {
-            let value = match value {
-                Value::Text(value) => quoted(value),
-                Value::Number(number) | Value::Bytes(number) => number.to_string(),
-                Value::Flag(set) => set.to_string(),
-                Value::List(items) => {
-                    format!("[{}]", items.iter().map(|item| quoted(item)).collect::<Vec<_>>().join(", "))
-                }
-            };
-            format!("  {}: {value}", quoted(name))
-        })
-        .collect();
-    if let Some(map) = map {
-        let runs: Vec<String> = map
-            .iter()
-            .map(|Run { start, len, kind }| {
-                format!(
-                    "    {{\"start\": {start}, \"length\": {len}, \"kind\": {}}}",
-                    quoted(kind_name(*kind))
-                )
-            })
-            .collect();
-        members.push(format!("  \"map\": [\n{}\n  ]", runs.join(",\n")));
+    let mut members = serde_json::Map::new();
+    for Fact { name, value } in facts {
+        let value = match value {
+            Value::Text(value) => json!(value),
+            Value::Number(number) | Value::Bytes(number) => json!(number),
+            Value::Flag(set) => json!(set),
+            Value::List(items) => json!(items),
+            Value::Partitions(table) => {
+                let partitions = table.partitions.iter().map(|found| {
+                    json!({ "number": found.number, "start": found.start, "length": found.len,
+                            "type": found.kind, "name": found.name })
+                });
+                json!({ "scheme": scheme_name(table), "sector-size": table.sector_bytes,
+                        "partitions": partitions.collect::<Vec<_>>() })
+            }
+        };
+        members.insert((*name).to_owned(), value);
     }
-    format!("{{\n{}\n}}\n", members.join(",\n"))
-}
-
-/// A JSON string.
-fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+    if let Some(map) = map {
+        let runs = map.iter().map(
+            |Run { start, len, kind }| json!({ "start": start, "length": len, "kind": kind_name(*kind) }),
+        );
+        members.insert("map".to_owned(), runs.collect());
+    }
+    format!("{:#}\n", serde_json::Value::from(members))
 }
