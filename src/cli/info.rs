@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::TypedValueParser;
 
 use super::source::SourceArgs;
-use super::values::{self, AioMode, AllowBacking, CacheMode, DiscardMode, Format, Source};
+use super::values::{self, AioMode, AllowBacking, CacheMode, DetectZeroes, DiscardMode, Format, Source};
 
 /// What to tell about.
 #[derive(Debug, Args)]
@@ -44,11 +44,13 @@ impl InfoArgs {
             format: self.format,
             allow_backing: self.allow_backing,
             read_only: true,
-            offset: 0,
+            overlay: None,
+            part: None,
+            detect_zeroes: DetectZeroes::Off,
             cache: CacheMode::Writeback,
             aio: AioMode::Auto,
             discard: DiscardMode::Ignore,
-            throttle: None,
+            throttles: Vec::new(),
             faults: Vec::new(),
             create: None,
             lock: false,

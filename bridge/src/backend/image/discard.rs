@@ -13,7 +13,7 @@
 use super::engine::{Engine, Segment, index};
 use super::host::{discard_to_backing, discard_to_zero, from_io};
 use crate::backend::file::DiscardMode;
-use crate::backend::file::ranges::Mode;
+use crate::ranges::Mode;
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
 
 /// Bytes of the disk in one step.

@@ -31,8 +31,8 @@ use super::map::Place;
 use super::{Parts, Shared};
 use super::{chain, commit};
 use crate::backend::file::FileOptions;
-use crate::backend::file::ranges::{Mode, RangeLocks};
 use crate::extent::{MAX_EXTENTS, push_extent};
+use crate::ranges::{Mode, RangeLocks};
 use crate::{Buffer, Error, ErrorKind, Extent, ExtentKind, Flags, Result};
 
 /// Allocations under way at once: each pins a table in imago's cache of 128.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::engine::{Engine, Segment, index};
 use super::host::from_io;
 use super::map::Place;
-use crate::backend::file::ranges::Mode;
+use crate::ranges::Mode;
 use crate::{Buffer, Flags, Result};
 
 /// Bytes that are allocated at once, at most; more for larger clusters.
