@@ -4,11 +4,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use bridge::Backend;
 use bridge::backend::file::{CacheMode, FileBackend, FileOptions};
-use bridge::backend::image::describe;
+use bridge::backend::image::probe;
 use bridge::layer::Overlay;
 use bridge::layer::overlay::{OverlayError, boot_id, kept_bytes, temporary_bytes};
+use bridge::{Backend, OpenError};
 
 use super::{apart, file_options};
 use crate::cli::{OverlayArg, Source, SourceArgs, UsageError, create};
@@ -87,10 +87,6 @@ fn keep(base: Box<dyn Backend>, path: &Path, source: &Source, args: &SourceArgs)
 }
 
 /// How qemu calls the format of the base.
-fn format_name(image: &Path, args: &SourceArgs) -> Result<&'static str> {
-    let format = match args.format {
-        Some(format) => format,
-        None => describe(image, None, args.allow_backing.any())?.format,
-    };
-    Ok(format.name())
+fn format_name(image: &Path, args: &SourceArgs) -> Result<&'static str, OpenError> {
+    Ok(args.format.map_or_else(|| probe(image), Ok)?.name())
 }
