@@ -9,8 +9,12 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod also;
+mod ask;
+mod attach;
 mod bench;
 pub(crate) mod create;
+mod fuse;
 mod info;
 pub(crate) mod logging;
 mod net;
@@ -28,12 +32,15 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use ask::{AskAction, LimitsWish};
+pub(crate) use attach::{DetachArgs, LoopArgs};
 pub(crate) use bench::{BenchArgs, End};
+pub(crate) use fuse::FuseArgs;
 pub(crate) use info::InfoArgs;
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
-pub(crate) use source::{ExportArg, SourceArgs};
-pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
+pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
+pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;
@@ -41,13 +48,19 @@ const USAGE_STATUS: u8 = 2;
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) enum Action {
-    /// `nbdbridge net`: serve.
+    /// `nbdbridge net`, `nbdbridge fuse`, `nbdbridge attach`: serve.
     Serve(Box<ServeArgs>),
+    /// `nbdbridge detach`: end an attachment.
+    Detach(DetachArgs),
+    /// `nbdbridge devices`: list attachments.
+    Devices,
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge ps` and others: ask the servers that are running.
+    Ask(AskAction),
     /// `nbdbridge bench`: measure a server.
     Bench(Box<BenchArgs>),
-    /// `nbdbridge info`: tell what a source is.
+    /// `nbdbridge info`: tell about a source.
     Info(Box<InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
@@ -60,8 +73,10 @@ pub(crate) struct ServeArgs {
     pub(crate) exports: Vec<ExportArg>,
     /// How their sources are opened.
     pub(crate) source: SourceArgs,
-    /// At least one.
+    /// At least one. The first may write what the sources let it.
     pub(crate) doors: Vec<DoorArgs>,
+    /// So may the others.
+    pub(crate) multi_writer: bool,
     /// How the process behaves.
     pub(crate) process: ProcessArgs,
 }
@@ -71,6 +86,10 @@ pub(crate) struct ServeArgs {
 pub(crate) enum DoorArgs {
     /// The NBD server.
     Net(NetArgs),
+    /// A file.
+    Fuse(FuseArgs),
+    /// A loop device over a file of its own.
+    Loop(LoopArgs),
 }
 
 impl DoorArgs {
@@ -78,7 +97,13 @@ impl DoorArgs {
     pub(crate) fn net(&self) -> Option<&NetArgs> {
         match self {
             DoorArgs::Net(args) => Some(args),
+            DoorArgs::Fuse(_) | DoorArgs::Loop(_) => None,
         }
+    }
+
+    /// Whether the kernel of this host is its user: then memory may only come free once a write through it is done.
+    pub(crate) fn is_local(&self) -> bool {
+        matches!(self, DoorArgs::Fuse(_) | DoorArgs::Loop(_))
     }
 }
 
@@ -122,11 +147,27 @@ struct Cli {
 enum Words {
     /// Serve disk images to NBD clients
     Net(Box<net::NetCommand>),
+    /// Mount a disk image as one plain file, by FUSE
+    Fuse(Box<fuse::FuseCommand>),
+    /// Make a block device of a disk image, by the best way that this host has
+    Attach(Box<attach::AttachCommand>),
+    /// End what attach or fuse has made
+    Detach(DetachArgs),
+    /// List what attach and fuse have made
+    Devices,
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// List the servers that are running, and what they serve
+    Ps(ask::PsCommand),
+    /// Show what was asked of exports: counts, bytes, errors, latencies
+    Stats(ask::StatsCommand),
+    /// Show or change the limits of an export that is being served
+    Throttle(ask::ThrottleCommand),
+    /// Make an export larger while it is being served
+    Resize(ask::ResizeCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
-    /// Tell what a source is
+    /// Tell what a disk image is
     Info(Box<InfoArgs>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
@@ -144,17 +185,29 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         return Err(report(&UsageError::new(line).into()));
     }
     match Cli::from_arg_matches(&matches).map_err(|error| answer(&error))?.command {
-        Words::Net(flags) => match flags.into_args() {
-            Ok(args) => Ok(Action::Serve(Box::new(args))),
-            Err(error) => Err(report(&error.into())),
-        },
+        Words::Net(flags) => serve(flags.into_args()),
+        Words::Fuse(flags) => serve(flags.into_args()),
+        Words::Attach(flags) => serve(flags.into_args()),
+        Words::Detach(args) => Ok(Action::Detach(args)),
+        Words::Devices => Ok(Action::Devices),
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Ps(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Throttle(flags) => flags.into_action().map(Action::Ask).map_err(|error| report(&error.into())),
+        Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Bench(flags) => match flags.into_args() {
             Ok(args) => Ok(Action::Bench(Box::new(args))),
             Err(error) => Err(report(&error.into())),
         },
         Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
+    }
+}
+
+fn serve(args: Result<ServeArgs, UsageError>) -> Result<Action, ExitCode> {
+    match args {
+        Ok(args) => Ok(Action::Serve(Box::new(args))),
+        Err(error) => Err(report(&error.into())),
     }
 }
 

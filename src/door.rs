@@ -7,7 +7,10 @@ use anyhow::Result;
 use bridge::worker::Workers;
 use bridge::{Export, LocalFuture};
 
-use crate::cli::DoorArgs;
+use crate::attach::LoopDoor;
+use crate::cli::{DoorArgs, ExportArg};
+use crate::control::Watch;
+use crate::fuse::{self, FuseDoor};
 use crate::net::NetDoor;
 use crate::systemd::PassedSocket;
 
@@ -15,6 +18,9 @@ use crate::systemd::PassedSocket;
 pub(crate) trait Door {
     /// What a person or a script connects to, a line each.
     fn lines(&self) -> Vec<String>;
+
+    /// What the control socket tells of it. Asked once, when the door is open.
+    fn watch(&self) -> Watch;
 
     /// Serves until the door ends by itself. Cancel-safe.
     fn serve(&self) -> LocalFuture<'_, ()>;
@@ -30,12 +36,25 @@ pub(crate) trait Door {
 pub(crate) struct Site<'a> {
     /// What it serves.
     pub(crate) exports: &'a [Arc<Export>],
+    /// What that was made of, in the same order.
+    pub(crate) args: &'a [ExportArg],
     /// Where its slow requests (and connections) run.
     pub(crate) workers: &'a Arc<Workers>,
     /// How it ends.
     pub(crate) process: &'a crate::cli::ProcessArgs,
     /// Sockets that were passed in, for the door that takes them.
     pub(crate) passed: Vec<PassedSocket>,
+}
+
+/// Puts a door's place in order, before the sources are opened: one may be at the same path.
+///
+/// # Errors
+/// One line that says what is in the way.
+pub(crate) fn prepare(door: &DoorArgs) -> Result<()> {
+    match door {
+        DoorArgs::Net(_) | DoorArgs::Loop(_) => Ok(()),
+        DoorArgs::Fuse(args) => fuse::clear_dead(&args.file),
+    }
 }
 
 /// Opens a door. When this returns, whoever comes is served.
@@ -45,5 +64,7 @@ pub(crate) struct Site<'a> {
 pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn Door>> {
     match door {
         DoorArgs::Net(args) => Ok(Box::new(NetDoor::open(args, site)?)),
+        DoorArgs::Fuse(args) => Ok(Box::new(FuseDoor::open(args, site).await?)),
+        DoorArgs::Loop(args) => Ok(Box::new(LoopDoor::open(args, site).await?)),
     }
 }

@@ -1,12 +1,13 @@
-//! `nbdbridge info`: what a source is.
+//! `nbdbridge info`: what a source is. Each kind of source has its own facts.
 
+mod local;
 mod remote;
 
 use std::io::Write;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::cli::{InfoArgs, Source};
+use crate::cli::{InfoArgs, Source, UsageError};
 use remote::Ask;
 
 /// Tells about a source.
@@ -14,15 +15,21 @@ use remote::Ask;
 /// # Errors
 /// One line that says what kept us from it.
 pub(crate) fn run(args: &InfoArgs) -> Result<()> {
-    let Source::Remote(source) = &args.source else {
-        bail!("{}: only nbd:// and nbd+unix:// in this version; for images: qemu-img info", args.source);
+    let text = match (&args.source, args.list, args.map) {
+        (Source::Remote(source), list, map) => {
+            let ask = match (list, map) {
+                (true, _) => Ask::List,
+                (false, true) => Ask::Map,
+                (false, false) => Ask::Export,
+            };
+            remote::tell(&source.uri, &args.remote.options(source), ask, args.json)?
+        }
+        (source, true, _) => {
+            let message = format!("--list asks a server, as in nbd://HOST, and {source} is none");
+            return Err(UsageError::new(message).into());
+        }
+        _ => local::tell(args)?,
     };
-    let ask = match (args.list, args.map) {
-        (true, _) => Ask::List,
-        (false, true) => Ask::Map,
-        (false, false) => Ask::Export,
-    };
-    let text = remote::tell(&source.uri, &args.remote.options(source), ask, args.json)?;
     match std::io::stdout().write_all(text.as_bytes()) {
         // A reader that went away (`| head`) is no failure.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),

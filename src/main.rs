@@ -2,11 +2,18 @@
 
 mod allocator;
 mod assemble;
+mod attach;
+mod attachment;
 mod bench;
 mod cli;
+mod control;
 mod daemon;
+mod detach;
+mod devices;
 mod door;
+mod fuse;
 mod info;
+mod io_flusher;
 mod net;
 mod serve;
 mod size;
@@ -33,7 +40,10 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(args.process.verbose)?;
             serve::run(&args)
         }
+        Action::Detach(args) => detach::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),

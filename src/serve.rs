@@ -24,7 +24,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::{DoorArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
-use crate::{assemble, systemd};
+use crate::{assemble, control, io_flusher, systemd};
 
 /// Serves until told to stop.
 ///
@@ -42,6 +42,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         Ready::foreground()
     };
     let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
+    args.doors.iter().try_for_each(door::prepare)?;
+    if args.doors.iter().any(DoorArgs::is_local) {
+        io_flusher::become_one();
+    }
     let exports = assemble::exports(&args.exports, &args.source)?;
     let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -49,25 +53,30 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
         .build()
         .context("cannot start the event loop")?;
     let status = runtime.block_on(async {
-        let mut site = Site { exports: &exports, workers: &workers, process, passed };
+        let mut site = Site { exports: &exports, args: &args.exports, workers: &workers, process, passed };
         let mut doors = Vec::new();
-        for door in &args.doors {
+        // The kernel's caches behind one door do not hear of what is written through another.
+        let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();
+        for (n, door) in args.doors.iter().enumerate() {
+            site.exports = if n == 0 || args.multi_writer { &exports } else { &views };
             doors.push(door::open(door, &mut site).await?);
         }
         let mut stop = Stop::new()?;
+        let control = control::Control::start(control_site(args, &exports, &doors, &workers));
         let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
         ready.announce(&lines)?;
         // Without systemd there is nobody to tell.
         let _ = systemd::notify("READY=1");
-        serve(&doors, &mut stop).await;
+        let told = serve(&doors, &mut stop).await;
         let _ = systemd::notify("STOPPING=1");
         let all_well = tokio::select! {
             all_well = end(&doors, &exports, &workers) => all_well,
-            () = stop.wait() => {
+            () = stop.again(told) => {
                 tracing::warn!("told again to stop: ending at once");
                 false
             }
         };
+        drop(control);
         anyhow::Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
@@ -87,11 +96,23 @@ fn take_sockets(doors: &[DoorArgs]) -> Result<Vec<systemd::PassedSocket>> {
     Ok(passed)
 }
 
-/// Serves until a door has ended, or a signal has come and nobody needs the doors any more.
-async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) {
+/// What the control socket tells of.
+fn control_site(
+    args: &ServeArgs,
+    exports: &[Arc<Export>],
+    doors: &[Box<dyn Door>],
+    workers: &Arc<Workers>,
+) -> control::Site {
+    let sources = args.exports.iter().map(|export| export.source.global());
+    let exports = exports.iter().cloned().zip(sources).collect();
+    control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
+}
+
+/// Serves until a door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.
+async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) -> bool {
     let mut ended = pin!(first(doors.iter().map(|door| door.serve()).collect()));
     tokio::select! {
-        () = &mut ended => return,
+        () = &mut ended => return false,
         () = stop.wait() => tracing::info!("stopping"),
     }
     tokio::select! {
@@ -99,6 +120,7 @@ async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) {
         () = ended => {}
         () = stop.wait() => tracing::warn!("told again to stop: ending although it is in use"),
     }
+    true
 }
 
 /// Closes the doors, then flushes what came through them. False where not everything went well.
@@ -166,6 +188,14 @@ impl Stop {
     fn new() -> Result<Self> {
         let handle = |kind| signal(kind).context("cannot handle signals");
         Ok(Stop { terminate: handle(SignalKind::terminate())?, interrupt: handle(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one more than the first; whether that has come already is `told`.
+    async fn again(&mut self, told: bool) {
+        if !told {
+            self.wait().await;
+        }
+        self.wait().await;
     }
 
     /// Waits for the next one. Cancel-safe.

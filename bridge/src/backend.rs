@@ -5,17 +5,19 @@
 //! them and therefore not `Send`; what the kernel works on, they own.
 //!
 //! Callers have checked range, read-only and flags (`Export::check`): implementations only assert them. No
-//! operation that changes data has a default body, so that each layer must consider each one.
+//! operation that changes data has a default body, so that each layer must consider each one. (The default of those
+//! that change only the space or the size is to refuse, which no layer can get wrong.)
 
 use std::fs::File;
-use std::future::Future;
+use std::future::{Future, ready};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::{Buffer, Extent, Flags, Geometry, Result};
+use crate::{Buffer, Depth, Error, ErrorKind, Extent, Flags, Geometry, Result};
 
 pub mod crash;
 pub mod file;
+pub mod image;
 pub mod memory;
 pub mod nbd;
 pub mod null;
@@ -75,6 +77,29 @@ pub trait Backend: Send + Sync + 'static {
     /// Describes the range from its start: at least one extent; together no longer than `len`, and shorter where
     /// the list would become too long. With `Flags::REQ_ONE` one extent is enough.
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>>;
+
+    /// Tells how deep in a chain of overlays the bytes of a range lie, as `block_status` tells what they are. A source
+    /// that has nothing below it holds all of its bytes itself, holes too; who owns another one must pass this on.
+    fn allocation_depth(&self, _offset: u64, len: u64, _flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        Box::pin(ready(Ok(vec![Depth { len, level: 1 }])))
+    }
+
+    /// Makes the source `size` bytes long, more than it is; what is new reads as zeroes. When this returns, `geometry`
+    /// tells the new size, with a higher version. Called once at a time. Refused without `Capabilities::GROW`.
+    fn grow(&self, _size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(ready(Err(Error::new(ErrorKind::NotSupported, "the source cannot grow"))))
+    }
+
+    /// Reserves the space of a range, and changes no data: later writes there find room. Refused without
+    /// `Capabilities::ALLOCATE`.
+    fn allocate(&self, _offset: u64, _len: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(ready(Err(Error::new(ErrorKind::NotSupported, "the source cannot reserve space"))))
+    }
+
+    /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
+    fn allocated(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What `Backend::file_range` answers with.

@@ -6,9 +6,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::{Mutex, watch};
+
+use crate::layer::{ReadOnly, Throttle, ThrottleHandle};
 use crate::stats::Stats;
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
     Request, Result,
 };
 
@@ -35,14 +38,49 @@ pub enum Reply {
 pub struct Export {
     name: String,
     description: Option<String>,
-    backend: Box<dyn Backend>,
+    backend: Arc<dyn Backend>,
     stats: Stats,
+    throttle: Option<ThrottleHandle>,
+    /// Held while the size changes.
+    resizing: Mutex<()>,
+    size: watch::Sender<u64>,
 }
 
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
-        Arc::new(Export { name: name.into(), description, backend, stats: Stats::new() })
+        Export::of(name.into(), description, Arc::from(backend), None)
+    }
+
+    /// An export whose limits can be changed while it is served: see [`Export::throttle`].
+    pub fn throttled(name: impl Into<String>, description: Option<String>, stack: Throttle) -> Arc<Self> {
+        let throttle = Some(stack.handle());
+        Export::of(name.into(), description, Arc::new(stack), throttle)
+    }
+
+    fn of(
+        name: String,
+        description: Option<String>,
+        backend: Arc<dyn Backend>,
+        throttle: Option<ThrottleHandle>,
+    ) -> Arc<Self> {
+        let size = watch::Sender::new(backend.geometry().size);
+        let (stats, resizing) = (Stats::new(), Mutex::new(()));
+        Arc::new(Export { name, description, backend, stats, throttle, resizing, size })
+    }
+
+    /// The same export for a door that must not write: one name, one backend, one set of counters and limits, one
+    /// size. What is written through the other doors shows in it.
+    pub fn read_only_view(&self) -> Arc<Self> {
+        Arc::new(Export {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            backend: Arc::new(ReadOnly::over(self.backend.clone())),
+            stats: self.stats.clone(),
+            throttle: self.throttle.clone(),
+            resizing: Mutex::new(()),
+            size: self.size.clone(),
+        })
     }
 
     /// The name that clients ask for; "" is the default export.
@@ -63,6 +101,11 @@ impl Export {
     /// The counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// What changes its limits; None where it was made without.
+    pub fn throttle(&self) -> Option<&ThrottleHandle> {
+        self.throttle.as_ref()
     }
 
     /// Executes a read or write now, or declines with None: then [`Export::execute`] is the way. `arrived` is
@@ -115,6 +158,18 @@ impl Export {
         result
     }
 
+    /// Block status of another kind: how deep in a chain of overlays the range lies, see [`Backend::allocation_depth`].
+    /// Counts as a block status; where one has been counted already, give `Flags::CONTINUED`.
+    pub async fn allocation_depth(&self, request: Request, arrived: Instant) -> Result<Vec<Depth>> {
+        debug_assert_eq!(request.operation, Operation::BlockStatus);
+        let result = match self.check(&request) {
+            Ok(()) => self.backend.allocation_depth(request.offset, request.len, request.flags).await,
+            Err(error) => Err(error),
+        };
+        self.record(&request, result.is_ok(), arrived);
+        result
+    }
+
     /// Checks a request against the present shape.
     ///
     /// # Errors
@@ -160,6 +215,80 @@ impl Export {
             return Err(Error::new(ErrorKind::InvalidInput, "block status of an empty range"));
         }
         Ok(())
+    }
+
+    /// Makes the export `size` bytes long; what is new reads as zeroes. It only grows: the size it has already is no
+    /// error, a smaller one is. Not cancel-safe: dropped, it may or may not have grown.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `NotSupported` where the source cannot grow; `InvalidInput` for a smaller size, or one that is no
+    /// multiple of the smallest block; the source's own.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        if size < self.geometry().size {
+            return Err(Error::new(ErrorKind::InvalidInput, "the export is larger already, and only grows"));
+        }
+        self.grow(size).await
+    }
+
+    /// The same, but does nothing where the export is larger already.
+    ///
+    /// # Errors
+    /// As [`Export::resize`].
+    pub async fn grow_to(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        self.grow(size).await
+    }
+
+    async fn grow(&self, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if size <= geometry.size {
+            return Ok(());
+        }
+        if !geometry.capabilities.contains(Capabilities::GROW) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot grow"));
+        }
+        if !size.is_multiple_of(u64::from(geometry.min_block)) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "the size is not a multiple of the minimum block",
+            ));
+        }
+        self.backend.grow(size).await?;
+        tracing::info!(export = self.name, from = geometry.size, to = size, "the export has grown");
+        self.size.send_replace(self.geometry().size);
+        Ok(())
+    }
+
+    /// The size in bytes, and each change of it by [`Export::resize`].
+    pub fn watch_size(&self) -> watch::Receiver<u64> {
+        self.size.subscribe()
+    }
+
+    /// Reserves the space of a range; its data stays as it is.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `NotSupported`, `NoSpace`; `InvalidInput` for a range past the end; the source's own.
+    pub async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if !geometry.capabilities.contains(Capabilities::ALLOCATE) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot reserve space"));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > geometry.size) {
+            return Err(Error::new(ErrorKind::InvalidInput, "the range goes past the end of the export"));
+        }
+        if len == 0 { Ok(()) } else { self.backend.allocate(offset, len).await }
+    }
+
+    /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
+    pub fn allocated(&self) -> Option<u64> {
+        self.backend.allocated()
     }
 
     async fn dispatch(&self, request: Request, data: Option<Buffer>) -> Result<Reply> {
@@ -208,4 +337,49 @@ fn check_alignment(request: &Request, geometry: &Geometry) -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidInput, "the range is not a multiple of the minimum block"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::memory::MemoryBackend;
+    use crate::layer::ThrottleConfig;
+
+    fn call(export: &Export, operation: Operation, data: Data<'_>) -> Result<()> {
+        let len = match &data {
+            Data::Into(buf) => buf.len(),
+            Data::From(data) => data.len(),
+        };
+        let request = Request { operation, offset: 0, len: len as u64, flags: Flags::NONE };
+        export.try_execute(&request, data, Instant::now()).expect("memory never declines")
+    }
+
+    #[test]
+    fn a_read_only_view_shares_all_but_the_right_to_write() {
+        let config = "iops-total=1000000".parse::<ThrottleConfig>().unwrap();
+        let stack = Throttle::new(Box::new(MemoryBackend::new(4096)), config).unwrap();
+        let export = Export::throttled("disk", Some("words".to_owned()), stack);
+        let view = export.read_only_view();
+        assert_eq!((view.name(), view.description()), ("disk", Some("words")));
+        assert!(view.geometry().read_only() && !export.geometry().read_only());
+        let refusal = call(&view, Operation::Write, Data::From(&[1; 512])).unwrap_err();
+        assert_eq!(refusal.kind(), ErrorKind::ReadOnly);
+        call(&export, Operation::Write, Data::From(&[7; 512])).unwrap();
+        let mut seen = [0; 512];
+        call(&view, Operation::Read, Data::Into(&mut seen)).unwrap();
+        assert_eq!(seen, [7; 512]);
+        let counts = |export: &Export| {
+            let [read, write] = [Operation::Read, Operation::Write].map(|which| export.stats().of(which));
+            (read.count, write.count, write.errors)
+        };
+        assert_eq!(counts(&export), (1, 2, 1));
+        assert_eq!(counts(&view), (1, 2, 1));
+        let sizes = view.watch_size();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(export.resize(8192)).unwrap();
+        assert_eq!((*sizes.borrow(), view.geometry().size), (8192, 8192));
+        assert_eq!(runtime.block_on(view.resize(16_384)).unwrap_err().kind(), ErrorKind::ReadOnly);
+        view.throttle().unwrap().set(ThrottleConfig::default()).unwrap();
+        assert_eq!(export.throttle().unwrap().config(), ThrottleConfig::default());
+    }
 }

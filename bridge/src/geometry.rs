@@ -30,6 +30,10 @@ impl Capabilities {
     pub const ROTATIONAL: Capabilities = Capabilities(1 << 8);
     /// `Backend::file_range` may answer; lost in any layer that changes data.
     pub const FILE_RANGE: Capabilities = Capabilities(1 << 9);
+    /// `Backend::grow` makes the source longer.
+    pub const GROW: Capabilities = Capabilities(1 << 10);
+    /// `Backend::allocate` reserves space.
+    pub const ALLOCATE: Capabilities = Capabilities(1 << 11);
 
     /// Whether all bits of `other` are set.
     pub const fn contains(self, other: Capabilities) -> bool {

@@ -75,6 +75,9 @@ impl Flags {
     pub const CONTINUED: Flags = Flags(1 << 4);
     /// A read that can only be answered in one piece: `Backend::file_range` gives the whole range or nothing.
     pub const WHOLE: Flags = Flags(1 << 5);
+    /// A write on the fast path whose thread serves nothing else meanwhile: it may take a moment, which is cheaper for
+    /// much data than to hand it over.
+    pub const PATIENT: Flags = Flags(1 << 6);
 
     /// Whether all bits of `other` are set.
     pub const fn contains(self, other: Flags) -> bool {

@@ -3,6 +3,7 @@
 //! Counters are kept per worker and added up when somebody looks, so that workers do not fight over a cache line.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ pub const LATENCY_BUCKETS: usize = 24;
 /// Shards; threads beyond this number share.
 const SHARDS: usize = 16;
 
-/// The live counters of an export.
+/// The live counters of an export; clones are the same counters.
+#[derive(Clone)]
 pub struct Stats {
-    shards: Box<[Shard]>,
+    shards: Arc<[Shard]>,
 }
 
 /// One operation's figures, added up.
@@ -54,10 +56,15 @@ impl Stats {
         }
     }
 
+    /// How many requests of one operation were answered up to now.
+    pub fn count(&self, operation: Operation) -> u64 {
+        self.shards.iter().map(|shard| shard.cells[operation as usize].count.load(Relaxed)).sum()
+    }
+
     /// One operation's figures up to now.
     pub fn of(&self, operation: Operation) -> OperationStats {
         let mut sum = OperationStats::default();
-        for shard in &self.shards {
+        for shard in self.shards.iter() {
             let cell = &shard.cells[operation as usize];
             sum.count += cell.count.load(Relaxed);
             sum.bytes += cell.bytes.load(Relaxed);
@@ -140,6 +147,7 @@ mod tests {
         assert_eq!((read.count, read.errors, read.bytes), (20_000, 2_000, 18_000 * 512));
         assert_eq!(read.latency.iter().sum::<u64>(), 20_000);
         assert_eq!(stats.of(Operation::Write), OperationStats::default());
+        assert_eq!((stats.count(Operation::Read), stats.count(Operation::Write)), (20_000, 0));
     }
 
     #[test]

@@ -9,6 +9,8 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use nbd_proto::DEFAULT_PORT;
 
+use super::also::Writers;
+use super::fuse::AlsoFuse;
 use super::process::ProcessFlags;
 use super::source::{ExportArg, SourceFlags};
 use super::values::{self, Host, Listen, Source};
@@ -32,6 +34,8 @@ pub(crate) struct NetArgs {
     pub(crate) memory_budget: u64,
     /// How long a client may leave an answer unread; not zero.
     pub(crate) send_timeout: Duration,
+    /// Offer `qemu:allocation-depth`.
+    pub(crate) allocation_depth: bool,
 }
 
 impl NetArgs {
@@ -72,6 +76,12 @@ pub(super) struct NetCommand {
     net: NetFlags,
 
     #[command(flatten)]
+    also: AlsoFuse,
+
+    #[command(flatten)]
+    writers: Writers,
+
+    #[command(flatten)]
     image: SourceFlags,
 
     #[command(flatten)]
@@ -105,7 +115,8 @@ impl NetCommand {
         Ok(ServeArgs {
             source: self.image.into_args(&exports)?,
             exports,
-            doors: vec![DoorArgs::Net(net.into_args())],
+            doors: std::iter::once(DoorArgs::Net(net.into_args())).chain(self.also.into_door()).collect(),
+            multi_writer: self.writers.multi_writer,
             process: self.process.into_args(),
         })
     }
@@ -148,6 +159,10 @@ pub(super) struct NetFlags {
     #[arg(long)]
     once: bool,
 
+    /// Offer clients the context qemu:allocation-depth: which layer of an overlay holds what
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
+
     /// Time for a client's handshake; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = values::parse_duration)]
     handshake_limit: Duration,
@@ -187,6 +202,7 @@ impl NetFlags {
             max_in_flight: self.max_in_flight,
             memory_budget: self.memory_budget,
             send_timeout: self.send_timeout,
+            allocation_depth: self.allocation_depth,
         }
     }
 }

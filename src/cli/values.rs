@@ -36,6 +36,18 @@ pub(crate) enum Source {
     Remote(RemoteSource),
 }
 
+impl Source {
+    /// What it is called outside of this process: a path does not hang on our working folder.
+    pub(crate) fn global(&self) -> String {
+        match self {
+            Source::Path(path) => {
+                std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
+            }
+            source => source.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -48,7 +60,7 @@ impl fmt::Display for Source {
 }
 
 /// Reads a SOURCE. A path that begins like a prefix is written `./mem:x`.
-pub(super) fn parse_source(text: OsString) -> Result<Source, String> {
+pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     let sized = |prefix: &str| text.to_str().and_then(|text| text.strip_prefix(prefix));
     if let Some(size) = sized("mem:") {
         return size::parse(size).map(Source::Memory).map_err(|error| error.to_string());
@@ -209,28 +221,26 @@ pub(super) fn parse_budget(text: &str) -> Result<u64, String> {
 }
 
 /// An image's format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    /// The bytes of the file are the bytes of the disk.
-    Raw,
-}
+pub(crate) use bridge::backend::image::ImageFormat as Format;
 
 /// Reads `--format`.
 pub(super) fn parse_format(text: &str) -> Result<Format, String> {
-    match text {
-        "raw" => Ok(Format::Raw),
-        _ => {
-            Err("only raw is in this version; convert with `qemu-img convert -O raw`, or serve with qemu-nbd"
-                .into())
-        }
-    }
+    text.parse()
 }
 
-/// Reads `--detect-zeroes`: off is what we do.
-pub(super) fn parse_detect_zeroes(text: &str) -> Result<(), String> {
-    match text {
-        "off" => Ok(()),
-        _ => Err("only off is in this version; use qemu-nbd, or let the client send zeroes as such".into()),
+/// Which backing files may be opened because an image names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AllowBacking {
+    /// Those in the folder of the image, and below it
+    Folder,
+    /// Any: for images from somebody you trust
+    Any,
+}
+
+impl AllowBacking {
+    /// Whether any will do.
+    pub(crate) fn any(self) -> bool {
+        self == AllowBacking::Any
     }
 }
 
@@ -270,4 +280,15 @@ pub(crate) enum DiscardMode {
     /// Nothing (`off` means the same)
     #[value(alias = "off")]
     Ignore,
+}
+
+/// What becomes of a write that is all zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DetectZeroes {
+    /// It is stored as it is
+    Off,
+    /// It becomes zeroes that keep their space
+    On,
+    /// It becomes zeroes, and gives the space back
+    Unmap,
 }

@@ -7,6 +7,7 @@
 #![allow(dead_code, unused_imports, unused_macros)]
 
 mod client;
+pub(crate) mod mount;
 mod negotiation;
 mod random;
 mod server;
@@ -16,6 +17,6 @@ mod tools;
 pub(crate) use client::{Answer, Client, NO_FLAGS, STYLES};
 pub(crate) use negotiation::{Negotiation, go_data, meta_data};
 pub(crate) use random::Random;
-pub(crate) use server::{PROGRAM, Server, eventually, net, one_line, resident_bytes, text};
+pub(crate) use server::{CONTROL_FOLDER, PROGRAM, Server, eventually, net, one_line, resident_bytes, text};
 pub(crate) use stream::{LIMIT, Stream};
-pub(crate) use tools::{need, run, try_run};
+pub(crate) use tools::{Loop, lacks, need, refusal, run, try_run};

@@ -5,7 +5,7 @@
 //!   read / write ──> slow ──┬── direct            O_DIRECT: read, modify, write under a range lock
 //!                           └── aio               io_uring of this thread, or a pool of threads
 //!   flush ──> flush (the gate: shared fsyncs, latched failures)
-//!   trim / write_zeroes ──> zero        block_status / cache ──> status
+//!   trim / write_zeroes ──> zero        block_status / cache ──> status        grow / allocate ──> space
 //! ```
 //!
 //! Knows no image format: offset n of the source is offset n of the file.
@@ -16,8 +16,8 @@ mod fast;
 mod flush;
 mod lock;
 mod open;
-mod ranges;
 mod slow;
+mod space;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -26,7 +26,9 @@ mod zero;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Acquire};
 
+use crate::ranges::RangeLocks;
 use crate::{
     Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole, Result,
 };
@@ -81,7 +83,7 @@ impl CacheMode {
         matches!(self, CacheMode::None | CacheMode::DirectSync)
     }
 
-    fn every_write_durable(self) -> bool {
+    pub(super) fn every_write_durable(self) -> bool {
         matches!(self, CacheMode::DirectSync | CacheMode::WriteThrough)
     }
 }
@@ -120,8 +122,23 @@ impl FileBackend {
     /// # Errors
     /// One line for a person, see [`OpenError`].
     pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> std::result::Result<Self, OpenError> {
-        let disk = open::open(path.as_ref(), options)?;
+        let disk = open::open(path.as_ref(), options, open::Extent::Fixed)?;
         Ok(FileBackend { disk: Arc::new(disk) })
+    }
+
+    /// Opens a file that holds an image of another format, and grows with it: a write past its end makes it longer,
+    /// and what lies there reads as zeroes. Its geometry's size is what a file may be at most.
+    ///
+    /// # Errors
+    /// As [`FileBackend::open`].
+    pub(super) fn open_container(path: &Path, options: &FileOptions) -> std::result::Result<Self, OpenError> {
+        let disk = open::open(path, options, open::Extent::Open)?;
+        Ok(FileBackend { disk: Arc::new(disk) })
+    }
+
+    /// The descriptor that its I/O goes through.
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.disk.file
     }
 }
 
@@ -139,12 +156,18 @@ struct Disk {
     /// With O_DIRECT, a second descriptor that goes through the page cache: for the last, partial block.
     cached: Option<Arc<File>>,
     kind: Kind,
-    geometry: Geometry,
+    /// Past the end of the file lie zeroes, and writes make it longer.
+    open_ended: bool,
+    /// As it was opened; see [`Disk::geometry`].
+    opened: Geometry,
+    size: AtomicU64,
+    /// How often it has grown.
+    version: AtomicU64,
     /// With O_DIRECT, what offsets and lengths must be multiples of.
     direct: Option<u64>,
     fast: fast::Fast,
     gate: Arc<flush::FlushGate>,
-    ranges: ranges::RangeLocks,
+    ranges: RangeLocks,
     refused: zero::Refused,
 }
 
@@ -160,6 +183,19 @@ enum Kind {
 }
 
 impl Disk {
+    /// The present shape.
+    #[inline]
+    fn geometry(&self) -> Geometry {
+        // In this order the size is at least as new as the version.
+        let version = self.version.load(Acquire);
+        Geometry { version, size: self.size(), ..self.opened }
+    }
+
+    #[inline]
+    fn size(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
     /// Whether a write with these flags must be durable before its answer.
     fn durable(&self, flags: Flags) -> bool {
         self.kind != Kind::Memory
@@ -169,7 +205,7 @@ impl Disk {
 
     fn check_range(&self, offset: u64, len: u64) {
         debug_assert!(
-            offset.checked_add(len).is_some_and(|end| end <= self.geometry.size),
+            offset.checked_add(len).is_some_and(|end| end <= self.size()),
             "the caller has checked the range"
         );
     }
@@ -177,7 +213,7 @@ impl Disk {
     fn check_change(&self, offset: u64, len: u64) {
         self.check_range(offset, len);
         debug_assert!(
-            !self.geometry.capabilities.contains(Capabilities::READ_ONLY),
+            !self.opened.capabilities.contains(Capabilities::READ_ONLY),
             "the caller has checked that the source is writable"
         );
     }
@@ -186,7 +222,7 @@ impl Disk {
 impl Backend for FileBackend {
     #[inline]
     fn geometry(&self) -> Geometry {
-        self.disk.geometry
+        self.disk.geometry()
     }
 
     #[inline]
@@ -245,5 +281,18 @@ impl Backend for FileBackend {
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.disk.check_range(offset, len);
         Box::pin(Disk::block_status(&self.disk, offset, len, flags))
+    }
+
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(Disk::grow(&self.disk, size))
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.disk.check_change(offset, len);
+        Box::pin(self.disk.allocate(offset, len))
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.disk.allocated()
     }
 }

@@ -7,9 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::future::ready;
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::extent::{MAX_EXTENTS, push_extent};
+use crate::zero::is_zero;
 use crate::{
     Backend, Buffer, Capabilities, Error, ErrorKind, Extent, ExtentKind, Flags, Geometry, LocalFuture, Result,
 };
@@ -22,7 +24,9 @@ const SHARDS: u64 = 64;
 
 /// A sparse disk in memory.
 pub struct MemoryBackend {
-    size: u64,
+    size: AtomicU64,
+    /// How often it has grown.
+    version: AtomicU64,
     shards: Box<[Shard]>,
 }
 
@@ -43,7 +47,11 @@ struct Chunk {
 impl MemoryBackend {
     /// A disk of `size` bytes, all holes.
     pub fn new(size: u64) -> Self {
-        MemoryBackend { size, shards: (0..SHARDS).map(|_| Shard::default()).collect() }
+        MemoryBackend {
+            size: AtomicU64::new(size),
+            version: AtomicU64::new(0),
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+        }
     }
 
     /// Bytes that are allocated now, in whole chunks.
@@ -51,12 +59,16 @@ impl MemoryBackend {
         self.shards.iter().map(|shard| shard.read().len() as u64 * CHUNK_BYTES).sum()
     }
 
+    fn size(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
     fn shard(&self, index: u64) -> &Shard {
         &self.shards[(index % SHARDS) as usize]
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) {
-        debug_assert!(offset + buf.len() as u64 <= self.size);
+        debug_assert!(offset + buf.len() as u64 <= self.size());
         let mut rest = buf;
         for piece in pieces(offset, rest.len() as u64) {
             let (part, after) = rest.split_at_mut(piece.len);
@@ -69,7 +81,7 @@ impl MemoryBackend {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
-        debug_assert!(offset + data.len() as u64 <= self.size);
+        debug_assert!(offset + data.len() as u64 <= self.size());
         let mut rest = data;
         for piece in pieces(offset, rest.len() as u64) {
             let (part, after) = rest.split_at(piece.len);
@@ -91,15 +103,16 @@ impl MemoryBackend {
 
     /// Makes the range read as zeroes. Whole chunks are freed, unless `keep` asks for their space to stay.
     fn clear(&self, offset: u64, len: u64, keep: bool) {
-        debug_assert!(offset + len <= self.size);
+        debug_assert!(offset + len <= self.size());
         for (index, _) in self.allocated(offset, len) {
             let chunk_start = index * CHUNK_BYTES;
             let from = offset.max(chunk_start) - chunk_start;
-            // The last chunk of the disk is whole where the disk ends.
-            let chunk_end = CHUNK_BYTES.min(self.size - chunk_start);
+            let mut chunks = self.shard(index).write();
+            // The last chunk of the disk is whole where the disk ends. That is looked up under the lock: once the
+            // disk has grown, the rest of the chunk can hold data.
+            let chunk_end = CHUNK_BYTES.min(self.size() - chunk_start);
             let to = (offset + len - chunk_start).min(chunk_end);
             let whole = from == 0 && to == chunk_end;
-            let mut chunks = self.shard(index).write();
             if whole && !keep {
                 chunks.remove(&index);
             } else if let Some(chunk) = chunks.get_mut(&index) {
@@ -152,8 +165,8 @@ impl MemoryBackend {
 impl Backend for MemoryBackend {
     fn geometry(&self) -> Geometry {
         Geometry {
-            version: 0,
-            size: self.size,
+            version: self.version.load(Acquire),
+            size: self.size(),
             min_block: 1,
             preferred_block: 4096,
             capabilities: Capabilities::FLUSH
@@ -162,7 +175,8 @@ impl Backend for MemoryBackend {
                 | Capabilities::WRITE_ZEROES
                 | Capabilities::FAST_ZERO
                 | Capabilities::CACHE
-                | Capabilities::MULTI_CONN,
+                | Capabilities::MULTI_CONN
+                | Capabilities::GROW,
         }
     }
 
@@ -206,6 +220,18 @@ impl Backend for MemoryBackend {
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         let most = if flags.contains(Flags::REQ_ONE) { 1 } else { MAX_EXTENTS };
         Box::pin(ready(Ok(self.status(offset, len, most))))
+    }
+
+    /// Past the old end there is nothing but zeroes, also in the last chunk.
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        debug_assert!(size > self.size());
+        self.size.store(size, Release);
+        self.version.fetch_add(1, Release);
+        Box::pin(ready(Ok(())))
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        Some(self.allocated_bytes())
     }
 }
 
@@ -258,11 +284,6 @@ fn new_chunk(start: usize, part: &[u8]) -> Result<Box<[u8]>> {
     bytes.extend_from_slice(part);
     bytes.resize(len, 0);
     Ok(bytes.into_boxed_slice())
-}
-
-/// In blocks, so that the compiler makes wide comparisons of it, and stops early where there is data.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(256).all(|block| block.iter().fold(0, |any, byte| any | byte) == 0)
 }
 
 #[cfg(test)]
@@ -318,6 +339,22 @@ mod tests {
         assert_eq!(extents(&largest, 0, u64::MAX).len(), 2);
         largest.clear(0, u64::MAX, false);
         assert_eq!(largest.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn what_grows_has_zeroes_there() {
+        let disk = MemoryBackend::new(C + 100);
+        write(&disk, C, &[1; 100]);
+        drop(disk.grow(3 * C));
+        assert_eq!((disk.geometry().size, disk.geometry().version), (3 * C, 1));
+        let mut bytes = [7; 200];
+        disk.read_at(C, &mut bytes);
+        assert_eq!((&bytes[..100], &bytes[100..]), (&[1; 100][..], &[0; 100][..]));
+        // The chunk is no longer whole where the disk ended.
+        write(&disk, C + 100, &[2]);
+        disk.clear(C, 100, false);
+        disk.read_at(C + 99, &mut bytes);
+        assert_eq!(bytes[..3], [0, 2, 0]);
     }
 
     #[test]

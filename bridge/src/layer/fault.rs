@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::{
-    Backend, Buffer, Error, Extent, Flags, Geometry, LocalFuture, Operation, RangeOrHole, Request, Result,
+    Backend, Buffer, Depth, Error, Extent, Flags, Geometry, LocalFuture, Operation, RangeOrHole, Request,
+    Result,
 };
 
 mod rule;
@@ -252,6 +253,25 @@ impl Backend for Fault {
             self.decide(Operation::BlockStatus, offset, len).await?;
             self.inner.block_status(offset, len, flags).await
         })
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        Box::pin(async move {
+            self.decide(Operation::BlockStatus, offset, len).await?;
+            self.inner.allocation_depth(offset, len, flags).await
+        })
+    }
+
+    fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.grow(size)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.allocate(offset, len)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
     }
 }
 

@@ -1,23 +1,29 @@
 //! Refuses every change. A guard for exports that must not be written, whatever the backend could do.
 
 use std::future::ready;
+use std::sync::Arc;
 
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole,
-    Result,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture,
+    RangeOrHole, Result,
 };
 
 /// A source that cannot be changed through this layer.
 ///
-/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO` and `FUA`; keeps the rest. A
+/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW` and `ALLOCATE`; keeps the rest. A
 /// flush passes through: the source may hold changes that were made before.
 pub struct ReadOnly {
-    inner: Box<dyn Backend>,
+    inner: Arc<dyn Backend>,
 }
 
 impl ReadOnly {
     /// `inner`, protected.
     pub fn new(inner: Box<dyn Backend>) -> Self {
+        ReadOnly { inner: Arc::from(inner) }
+    }
+
+    /// A protected way to a source that others may change meanwhile.
+    pub fn over(inner: Arc<dyn Backend>) -> Self {
         ReadOnly { inner }
     }
 }
@@ -25,8 +31,12 @@ impl ReadOnly {
 impl Backend for ReadOnly {
     fn geometry(&self) -> Geometry {
         let geometry = self.inner.geometry();
-        let lost =
-            Capabilities::TRIM | Capabilities::WRITE_ZEROES | Capabilities::FAST_ZERO | Capabilities::FUA;
+        let lost = Capabilities::TRIM
+            | Capabilities::WRITE_ZEROES
+            | Capabilities::FAST_ZERO
+            | Capabilities::FUA
+            | Capabilities::GROW
+            | Capabilities::ALLOCATE;
         Geometry { capabilities: geometry.capabilities.without(lost) | Capabilities::READ_ONLY, ..geometry }
     }
 
@@ -68,6 +78,14 @@ impl Backend for ReadOnly {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(offset, len, flags)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.inner.allocated()
     }
 }
 

@@ -1,9 +1,11 @@
-//! A part of a source, as a source of its own: what `--offset` serves.
+//! A part of a source, as a source of its own: what `--offset`, `--size` and `--partition` serve.
 //!
-//! Capabilities are the source's. Every operation passes through, moved; nothing outside the part can be reached,
-//! since the range is checked against this layer's size.
+//! Capabilities are the source's, but for growing: a part has its place. Every operation passes through, moved; nothing
+//! outside the part can be reached, since the range is checked against this layer's size.
 
-use crate::{Backend, Buffer, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{
+    Backend, Buffer, Capabilities, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result,
+};
 
 /// A part of another backend.
 pub struct Slice {
@@ -23,7 +25,12 @@ impl Slice {
 
 impl Backend for Slice {
     fn geometry(&self) -> Geometry {
-        Geometry { size: self.len, ..self.inner.geometry() }
+        let geometry = self.inner.geometry();
+        Geometry {
+            size: self.len,
+            capabilities: geometry.capabilities.without(Capabilities::GROW),
+            ..geometry
+        }
     }
 
     fn try_read(&self, offset: u64, buf: &mut [u8], flags: Flags) -> Option<Result<()>> {
@@ -64,5 +71,13 @@ impl Backend for Slice {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(self.start + offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(self.start + offset, len, flags)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.allocate(self.start + offset, len)
     }
 }

@@ -10,9 +10,9 @@
 //! | ext4, block devices | RWF_NOWAIT | EOPNOTSUPP: plain, up to 256 KiB, while they are quick |
 //! | no RWF_NOWAIT reads (FUSE, some network file systems) | declined | as above |
 //!
-//! A plain write of part of a page that is not in memory would read it first: it is declined. It may still wait, for
-//! the inode's lock or for dirty pages to be written. One that took over a millisecond sends the writes of this
-//! file to the slow path for a tenth of a second.
+//! A caller that is patient (`Flags::PATIENT`) has plain writes of any size made at once. A plain write of part of a page that is not in memory would read it first: it is declined. It may still wait, for
+//! the inode's lock or for dirty pages to be written. One that took over a millisecond (for each 64 KiB) sends the writes
+//! of this file to the slow path for a tenth of a second.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -29,7 +29,7 @@ use crate::{Error, ErrorKind, FileRange, Flags, RangeOrHole, Result, sys};
 /// payloads in pieces of this size: handed to other threads they cost twice the processor time (ext4, 1 MiB writes).
 const INLINE_WRITE: usize = 256 << 10;
 
-/// A plain write that took longer than this was not quick.
+/// A plain write that took longer than this, for each [`INLINE_WRITE`] of it, was not quick.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
 
 /// The shortest tick of the kernel's clock (CONFIG_HZ=1000), in nanoseconds.
@@ -157,7 +157,7 @@ impl Disk {
             }
         }
         let begun = self.fast.now();
-        if data.len() > INLINE_WRITE
+        if data.len() > INLINE_WRITE && !flags.contains(Flags::PATIENT)
             || begun < self.fast.keep_off_until.load(Relaxed)
             || !self.edges_in_memory(offset, data.len() as u64)
         {
@@ -166,7 +166,8 @@ impl Disk {
         let result = self.write_plain(offset, data);
         let ended = self.fast.now();
         self.fast.plain_write_at.store(ended, Relaxed);
-        if u128::from(ended - begun) > SLOW_WRITE.as_nanos() {
+        let pieces = data.len().div_ceil(INLINE_WRITE) as u128;
+        if u128::from(ended - begun) > SLOW_WRITE.as_nanos() * pieces {
             self.fast.keep_off(ended);
         }
         Some(result)
@@ -177,7 +178,7 @@ impl Disk {
     /// Not by lseek(2) alone: on storage it may read the file system's metadata and waits for the inode's lock; on
     /// tmpfs it looks at every page up to the next hole, however far that is.
     pub(super) fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {
-        if len == 0 || !self.fast.ranges.load(Relaxed) {
+        if len == 0 || !self.fast.ranges.load(Relaxed) || (self.open_ended && !self.reaches(offset + len)) {
             return None;
         }
         match self.fast.plain {
@@ -233,6 +234,11 @@ impl Disk {
         (hole > offset).then(|| self.range(offset, hole - offset))
     }
 
+    /// Whether the file is at least this long now.
+    fn reaches(&self, end: u64) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.len() >= end)
+    }
+
     fn range(&self, offset: u64, len: u64) -> RangeOrHole {
         RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len })
     }
@@ -246,7 +252,7 @@ impl Disk {
     fn edges_in_memory(&self, offset: u64, len: u64) -> bool {
         let end = offset + len;
         (offset.is_multiple_of(self.fast.page) || self.in_memory(offset))
-            && (end.is_multiple_of(self.fast.page) || end == self.geometry.size || self.in_memory(end - 1))
+            && (end.is_multiple_of(self.fast.page) || end == self.size() || self.in_memory(end - 1))
     }
 
     /// Whether a byte can be read without waiting.
@@ -257,6 +263,10 @@ impl Disk {
     fn read_plain(&self, mut offset: u64, mut buf: &mut [u8]) -> Result<()> {
         while !buf.is_empty() {
             match rustix::io::pread(&*self.file, &mut *buf, offset) {
+                Ok(0) if self.open_ended => {
+                    buf.fill(0);
+                    return Ok(());
+                }
                 Ok(0) => return Err(shrunken()),
                 Ok(count) => {
                     offset += count as u64;

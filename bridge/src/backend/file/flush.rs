@@ -21,7 +21,7 @@ use crate::{Error, Result};
 impl Disk {
     /// Makes every write that was answered before this call durable.
     pub(super) async fn flush(&self) -> Result<()> {
-        if self.kind == Kind::Memory || self.options.cache == CacheMode::Unsafe || self.geometry.read_only() {
+        if self.kind == Kind::Memory || self.options.cache == CacheMode::Unsafe || self.opened.read_only() {
             return Ok(());
         }
         let (file, aio) = (self.file.clone(), self.options.aio);

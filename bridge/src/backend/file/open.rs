@@ -4,15 +4,17 @@ use std::fs::{File, FileType};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::fast::Fast;
 use super::flush::FlushGate;
-use super::ranges::RangeLocks;
+
 use super::zero::Refused;
 use super::{AioMode, CacheMode, Disk, FileOptions, Kind, lock};
+use crate::ranges::RangeLocks;
 use crate::{Capabilities, Geometry, OpenError, buffer, sys};
 
 /// Bounds of the preferred block in bytes.
@@ -28,7 +30,18 @@ const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
 type Result<T> = std::result::Result<T, OpenError>;
 
-pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
+/// Whether a file ends for good where it ends now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    Fixed,
+    /// It grows by being written to.
+    Open,
+}
+
+/// The size of a file that grows: the most that the kernel can address, in whole blocks of any alignment.
+const OPEN_SIZE: u64 = i64::MAX.cast_unsigned() & !(MAX_PREFERRED as u64 - 1);
+
+pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result<Disk> {
     // Before opening: to open a device of another kind may do something, and a fifo waits for its other end.
     let metadata = std::fs::metadata(path).map_err(|error| open_error(path, "cannot look at it", error))?;
     refuse_other_kinds(path, metadata.file_type())?;
@@ -59,7 +72,11 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
     if options.cache == CacheMode::Unsafe && !options.read_only {
         tracing::warn!(path = %path.display(), "cache mode unsafe: flushes are ignored, a crash of this host loses data");
     }
-    let geometry = geometry(path, &file, kind, options, direct)?;
+    let mut geometry = geometry(path, &file, kind, options, direct)?;
+    let open_ended = extent == Extent::Open;
+    if open_ended {
+        geometry.size = OPEN_SIZE;
+    }
     Ok(Disk {
         options: options.clone(),
         fast: Fast::new(kind, options, direct.is_some()),
@@ -67,7 +84,10 @@ pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Disk> {
         file: Arc::new(file),
         cached: cached.map(Arc::new),
         kind,
-        geometry,
+        size: AtomicU64::new(geometry.size),
+        version: AtomicU64::new(0),
+        open_ended,
+        opened: geometry,
         direct,
         gate: FlushGate::new(path),
         refused: Refused::default(),
@@ -201,6 +221,9 @@ fn geometry(
             | Capabilities::WRITE_ZEROES
             | Capabilities::FAST_ZERO
     };
+    if !options.read_only && !matches!(kind, Kind::Device(_)) {
+        capabilities = capabilities | Capabilities::GROW | Capabilities::ALLOCATE;
+    }
     if matches!(kind, Kind::Device(_)) && sys::device_rotational(file).unwrap_or(false) {
         capabilities = capabilities | Capabilities::ROTATIONAL;
     }

@@ -72,13 +72,26 @@ impl Disk {
             let (op, outcome) = self.transfer(Op { file: file.clone(), call }).await?;
             buf = take_buffer(op)?;
             match outcome {
+                Ok(0) if self.open_ended => {
+                    buf[part].fill(0);
+                    break;
+                }
                 Ok(0) => return Err(shrunken()),
+                // With O_DIRECT only the end of the file gives a part of a block, and no read can begin there.
+                Ok(count) if self.open_ended && self.ends_within_block(count) => {
+                    buf[part.start + count..part.end].fill(0);
+                    break;
+                }
                 Ok(count) => advance(&mut part, &mut offset, count),
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(Error::from_errno(errno, "read")),
             }
         }
         Ok(buf)
+    }
+
+    fn ends_within_block(&self, count: usize) -> bool {
+        self.direct.is_some_and(|align| !(count as u64).is_multiple_of(align))
     }
 
     /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. With `durable`, a sync that

@@ -15,8 +15,9 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::aio::{in_pool, run};
-use super::ranges::Mode;
+
 use super::{DiscardMode, Disk, Kind};
+use crate::ranges::Mode;
 use crate::uring::{Call, Op};
 use crate::{Buffer, Error, ErrorKind, Flags, Result, sys};
 
@@ -145,6 +146,11 @@ impl Disk {
                 Err(errno) => return Err(Error::from_errno(errno, "fallocate")),
             }
         }
+    }
+
+    /// Reserves space; false where that is not supported.
+    pub(super) async fn reserve(&self, offset: u64, len: u64) -> Result<bool> {
+        Ok(self.fallocate(Way::Allocate, offset, len).await? == Done::Yes)
     }
 
     async fn discard(this: &Arc<Self>, offset: u64, len: u64) -> Result<()> {

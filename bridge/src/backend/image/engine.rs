@@ -1,0 +1,367 @@
+//! The engine of an image: one thread that owns imago's object and does all that may wait, or that changes where
+//! clusters lie. Every worker's requests come to it; reads and writes of clusters that the map knows do not.
+//!
+//! ```text
+//!   workers ──jobs──> engine thread ──> range lock ──> gate ──> imago (mappings, allocation)
+//!      │                                    └──> file (data, with this thread's own io_uring)
+//!      └──fast path: map ──> file
+//! ```
+//!
+//! What keeps what apart:
+//! - The range lock: data moves under a shared one, mappings change under an exclusive one.
+//! - The map: the holder of an exclusive lock makes it forget the range first, and so waits for the fast path.
+//! - The gate: allocations pass it together; a commit, and whatever frees clusters, passes it alone. After clusters were
+//!   freed the next allocation commits first, so that none is used again while the file still names it.
+//!
+//! imago's futures hold locks across waits, and must not be dropped half-way by a client that leaves: here every one of
+//! them is a task of this thread, which polls it to its end whoever waits for it.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use imago::{FormatAccess, Mapping};
+use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
+
+use super::host::{Host, from_io};
+use super::map::Place;
+use super::{Parts, Shared};
+use super::{chain, commit};
+use crate::backend::file::FileOptions;
+use crate::extent::{MAX_EXTENTS, push_extent};
+use crate::ranges::{Mode, RangeLocks};
+use crate::{Buffer, Error, ErrorKind, Extent, ExtentKind, Flags, Result};
+
+/// Allocations under way at once: each pins a table in imago's cache of 128.
+const ALLOCATIONS: usize = 32;
+
+/// Metadata that is kept back at most before it is committed unasked, in bytes.
+const KEPT_BYTES: u64 = 16 << 20;
+
+/// Mappings that one block-status request looks at, at most.
+const STATUS_STEPS: usize = 64 << 10;
+
+/// Most bytes that one request brings closer.
+const READ_AHEAD: u64 = 256 << 20;
+
+/// What part of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Segment {
+    /// In a file as it is.
+    File { file: u8, offset: u64, writable: bool },
+    /// Zeroes; `explicit` where this image says so itself.
+    Zero { explicit: bool },
+    /// Compressed.
+    Special,
+}
+
+pub(super) struct Engine {
+    pub(super) image: FormatAccess<Host>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) options: FileOptions,
+    /// The file with the metadata, and the one with the data where that is another.
+    pub(super) top: Host,
+    pub(super) data_file: Option<Host>,
+    /// Size of a cluster in bytes.
+    pub(super) cluster: u64,
+    /// Version of qcow2; 0 for other formats.
+    pub(super) version: u32,
+    /// Size of the backing image in bytes.
+    pub(super) backing: Option<u64>,
+    pub(super) ranges: RangeLocks,
+    pub(super) gate: RwLock<()>,
+    pub(super) allocations: Semaphore,
+    /// Clusters were freed that the file still names.
+    pub(super) freed: Cell<bool>,
+    /// Places in the first file that hold metadata: no image in good order has data there.
+    metadata: RefCell<Vec<Range<u64>>>,
+}
+
+impl Engine {
+    pub(super) fn new(parts: Parts, shared: Arc<Shared>) -> Rc<Self> {
+        Rc::new(Engine {
+            image: parts.image,
+            shared,
+            options: parts.options,
+            top: parts.top,
+            data_file: parts.data_file,
+            cluster: parts.cluster,
+            version: parts.version,
+            backing: parts.backing,
+            ranges: RangeLocks::new(parts.cluster),
+            gate: RwLock::default(),
+            allocations: Semaphore::new(ALLOCATIONS),
+            freed: Cell::new(false),
+            metadata: RefCell::new(parts.metadata),
+        })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.shared.size()
+    }
+
+    /// The file that guests' data is in.
+    pub(super) fn data(&self) -> &Host {
+        self.data_file.as_ref().unwrap_or(&self.top)
+    }
+
+    /// What the range begins with, and for how many bytes. The map learns it: the caller holds a lock on the range.
+    pub(super) async fn resolve(&self, offset: u64, len: u64) -> Result<(Segment, u64)> {
+        let (segment, count) = self.look(offset, len).await?;
+        let place = match segment {
+            Segment::File { file, offset, writable } => Place::File { file, offset, writable },
+            Segment::Zero { .. } => Place::Zero,
+            Segment::Special => return Ok((segment, count)),
+        };
+        self.publish(offset, count, place);
+        Ok((segment, count))
+    }
+
+    /// Lets the map know the whole clusters of a run.
+    pub(super) fn publish(&self, offset: u64, len: u64, place: Place) {
+        let start = offset.next_multiple_of(self.cluster);
+        let mut end = offset + len;
+        if end < self.size() {
+            end -= end % self.cluster;
+        }
+        if start >= end {
+            return;
+        }
+        let place = match place {
+            Place::File { file, offset: at, writable } => {
+                Place::File { file, offset: at + (start - offset), writable }
+            }
+            Place::Zero => Place::Zero,
+        };
+        self.shared.map.publish(start, end - start, place);
+    }
+
+    /// The same without the map.
+    pub(super) async fn look(&self, offset: u64, len: u64) -> Result<(Segment, u64)> {
+        let (mapping, count) = self.image.get_mapping(offset, len).await.map_err(|error| from_io(&error))?;
+        if count == 0 {
+            return Err(malformed("it ends before its size"));
+        }
+        let segment = match mapping {
+            Mapping::Raw { storage, offset, writable, .. } => {
+                let file = storage.number();
+                self.check_place(file, offset, count, writable)?;
+                Segment::File { file, offset, writable }
+            }
+            Mapping::Zero { explicit, .. } => Segment::Zero { explicit },
+            Mapping::Special { .. } => Segment::Special,
+            _ => return Err(malformed("a mapping of an unknown kind")),
+        };
+        Ok((segment, count))
+    }
+
+    /// Refuses places that no image in good order has.
+    pub(super) fn check_place(&self, file: u8, offset: u64, count: u64, writable: bool) -> Result<()> {
+        let end = offset.checked_add(count).ok_or_else(|| malformed("an offset out of bounds"))?;
+        let Some(backend) = self.shared.files.get(usize::from(file)) else {
+            return Err(malformed("a file that was not opened"));
+        };
+        if end > backend.geometry().size {
+            return Err(malformed("data past the end of its file"));
+        }
+        if writable
+            && file == self.top.number()
+            && self.metadata.borrow().iter().any(|taken| offset < taken.end && taken.start < end)
+        {
+            return Err(malformed("data in the place of metadata: `qemu-img check` tells more"));
+        }
+        Ok(())
+    }
+
+    /// Fills the buffer.
+    pub(super) async fn read(&self, offset: u64, buf: Buffer) -> Result<Buffer> {
+        let _lock = self.ranges.lock(offset, offset + buf.len() as u64, Mode::Shared).await;
+        self.read_locked(offset, buf).await
+    }
+
+    /// The same for whoever holds a lock on the range.
+    pub(super) async fn read_locked(&self, offset: u64, mut buf: Buffer) -> Result<Buffer> {
+        let mut at = 0;
+        while at < buf.len() {
+            let place = offset + at as u64;
+            let (segment, count) = self.resolve(place, (buf.len() - at) as u64).await?;
+            let part = at..at + index(count);
+            at = part.end;
+            match segment {
+                Segment::File { file, offset, .. } if part == (0..buf.len()) => {
+                    return self.file(file).read(offset, buf, Flags::NONE).await;
+                }
+                Segment::File { file, offset, .. } => {
+                    let piece = self.file(file).read(offset, Buffer::new(part.len()), Flags::NONE).await?;
+                    buf[part].copy_from_slice(&piece);
+                }
+                Segment::Zero { .. } => buf[part].fill(0),
+                Segment::Special => {
+                    self.image.read(&mut buf[part], place).await.map_err(|error| from_io(&error))?;
+                }
+            }
+        }
+        Ok(buf)
+    }
+
+    pub(super) fn file(&self, number: u8) -> &Arc<dyn crate::Backend> {
+        &self.shared.files[usize::from(number)]
+    }
+
+    /// Whether all of a range reads as zeroes by its mapping.
+    pub(super) async fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
+        let mut at = 0;
+        while at < len {
+            let (segment, count) = self.look(offset + at, len - at).await?;
+            if !matches!(segment, Segment::Zero { .. }) {
+                return Ok(false);
+            }
+            at += count;
+        }
+        Ok(true)
+    }
+
+    /// Whether an allocation could meet clusters that the file still names.
+    pub(super) fn has_freed(&self) -> bool {
+        self.freed.get() || self.top.moved()
+    }
+
+    /// Passes the gate for an allocation. What was freed before is out of the file then.
+    pub(super) async fn pass(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        loop {
+            let pass = self.gate.read().await;
+            if !self.has_freed() {
+                return Ok(pass);
+            }
+            drop(pass);
+            self.commit().await?;
+        }
+    }
+
+    /// Commits the metadata, if there is any, and makes all data durable that was written before.
+    pub(super) async fn commit(&self) -> Result<()> {
+        let _alone = self.gate.write().await;
+        self.commit_alone().await
+    }
+
+    /// The same for whoever has passed the gate alone.
+    pub(super) async fn commit_alone(&self) -> Result<()> {
+        if self.dirty() || self.top.kept_bytes() > 0 {
+            let moved = self.top.moved();
+            let done = async {
+                self.image.flush().await?;
+                commit::commit(&self.top, self.data_file.as_ref()).await?;
+                if moved && self.data_file.is_none() {
+                    let header = commit::header_of(&self.top).await?;
+                    *self.metadata.borrow_mut() = chain::structures(&header);
+                }
+                Ok(())
+            };
+            done.await.map_err(|error: io::Error| from_io(&error))?;
+            self.shared.dirty.store(false, Release);
+        }
+        self.freed.set(false);
+        Ok(())
+    }
+
+    /// Commits where much is kept back.
+    pub(super) async fn commit_if_much(&self) -> Result<()> {
+        if self.top.kept_bytes() > KEPT_BYTES { self.commit().await } else { Ok(()) }
+    }
+
+    pub(super) fn dirty(&self) -> bool {
+        self.shared.dirty.load(Acquire)
+    }
+
+    /// Notes that the metadata has changed: before the request that did it is answered.
+    pub(super) fn set_dirty(&self) {
+        self.shared.dirty.store(true, Release);
+    }
+
+    /// Makes every write that was answered before durable.
+    pub(super) async fn flush(&self) -> Result<()> {
+        if self.dirty() { self.commit().await } else { self.shared.flush_files().await }
+    }
+
+    pub(super) async fn block_status(&self, offset: u64, len: u64, flags: Flags) -> Result<Vec<Extent>> {
+        let limit = if flags.contains(Flags::REQ_ONE) { 1 } else { MAX_EXTENTS };
+        let mut extents = Vec::new();
+        let mut at = 0;
+        for step in 1..=STATUS_STEPS {
+            let (segment, count) = self.look(offset + at, len - at).await?;
+            let kind = match segment {
+                Segment::File { .. } | Segment::Special => ExtentKind::Data,
+                Segment::Zero { explicit: true } => ExtentKind::Zero,
+                Segment::Zero { explicit: false } => ExtentKind::Hole,
+            };
+            let before = extents.len();
+            push_extent(&mut extents, count, kind);
+            if extents.len() > limit {
+                extents.truncate(before);
+                break;
+            }
+            at += count;
+            if at == len {
+                break;
+            }
+            if step.is_multiple_of(256) {
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Brings data closer, and what says where it is.
+    pub(super) async fn cache(&self, offset: u64, len: u64) -> Result<()> {
+        let len = len.min(READ_AHEAD);
+        let _lock = self.ranges.lock(offset, offset + len, Mode::Shared).await;
+        let mut at = 0;
+        while at < len {
+            let (segment, count) = self.resolve(offset + at, len - at).await?;
+            if let Segment::File { file, offset, .. } = segment {
+                self.file(file).cache(offset, count).await?;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Makes the disk larger; what is new reads as zeroes.
+    pub(super) async fn grow(&self, size: u64) -> Result<()> {
+        let old = self.size();
+        // A disk of qcow2 is made of sectors: an odd size is kept for as long as it is served.
+        let whole = size
+            .checked_next_multiple_of(512)
+            .ok_or_else(|| Error::new(ErrorKind::NoSpace, "no image is that large"))?;
+        let _lock = self.ranges.lock(0, u64::MAX, Mode::Exclusive).await;
+        let _alone = self.gate.write().await;
+        // What lies past the old end is another thing from now on.
+        self.shared.map.forget(0, old);
+        // Where the backing image is longer, it must not show.
+        let mode = match self.backing {
+            Some(backing) if backing > old => imago::format::PreallocateMode::Zero,
+            _ => imago::format::PreallocateMode::None,
+        };
+        self.set_dirty();
+        self.image.resize_grow(whole, mode).await.map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => {
+                Error::new(ErrorKind::NotSupported, format!("the image cannot grow: {error}"))
+            }
+            _ => from_io(&error),
+        })?;
+        self.commit_alone().await?;
+        self.shared.set_size(size);
+        Ok(())
+    }
+}
+
+pub(super) fn malformed(what: &str) -> Error {
+    Error::new(ErrorKind::Io, format!("the image is malformed: {what}"))
+}
+
+pub(super) fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}

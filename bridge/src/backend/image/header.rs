@@ -1,0 +1,378 @@
+//! The qcow2 header, read and judged before anything is opened by its word: sizes are bounded, names are short, and
+//! what cannot be served is refused with the way out.
+//!
+//! Source: QEMU, docs/interop/qcow2.txt. The limits are QEMU's own (block/qcow2.h).
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::OpenError;
+
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+const V2_BYTES: usize = 72;
+const V3_BYTES: usize = 104;
+
+/// Largest tables, in bytes: QCOW_MAX_L1_SIZE and QCOW_MAX_REFTABLE_SIZE.
+const MAX_L1_BYTES: u64 = 32 << 20;
+const MAX_REFTABLE_BYTES: u64 = 8 << 20;
+
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+const MAX_REFCOUNT_ORDER: u32 = 6;
+const MAX_BACKING_NAME: u32 = 1023;
+
+/// Longest header with its extensions that is read, in bytes.
+const MAX_HEADER: usize = 64 << 10;
+
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const DATA_FILE: u64 = 1 << 2;
+const COMPRESSION: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+const LAZY_REFCOUNTS: u64 = 1 << 0;
+
+/// What a qcow2 header says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) version: u32,
+    /// Size of the disk in bytes.
+    pub(super) size: u64,
+    pub(super) cluster_bits: u32,
+    /// Number of entries.
+    pub(super) l1_entries: u32,
+    pub(super) l1_offset: u64,
+    pub(super) reftable_offset: u64,
+    pub(super) reftable_clusters: u32,
+    pub(super) refcount_order: u32,
+    pub(super) snapshots: u32,
+    pub(super) crypt: u32,
+    pub(super) incompatible: u64,
+    pub(super) compatible: u64,
+    /// Length of the header without its extensions, in bytes.
+    pub(super) length: usize,
+    pub(super) backing: Option<String>,
+    pub(super) backing_format: Option<String>,
+    pub(super) data_file: Option<String>,
+    pub(super) bitmaps: u32,
+}
+
+impl Header {
+    pub(super) fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Whether guest data lies in a file of its own.
+    pub(super) fn external_data(&self) -> bool {
+        self.incompatible & DATA_FILE != 0
+    }
+
+    /// The features that are set, by qemu-img's names.
+    pub(super) fn features(&self) -> Vec<&'static str> {
+        let named = [
+            (self.incompatible & DIRTY != 0, "dirty"),
+            (self.incompatible & CORRUPT != 0, "corrupt"),
+            (self.external_data(), "external data file"),
+            (self.incompatible & COMPRESSION != 0, "zstd"),
+            (self.incompatible & EXTENDED_L2 != 0, "extended L2"),
+            (self.compatible & LAZY_REFCOUNTS != 0, "lazy refcounts"),
+            (self.crypt != 0, "encrypted"),
+            (self.snapshots > 0, "internal snapshots"),
+            (self.bitmaps > 0, "dirty bitmaps"),
+        ];
+        named.into_iter().filter_map(|(set, name)| set.then_some(name)).collect()
+    }
+
+    /// Why the image cannot be served, with the way out; None where it can.
+    pub(super) fn refusal(&self, path: &Path) -> Option<String> {
+        let path = path.display();
+        let convert = format!("`qemu-img convert -O qcow2 {path} NEW` makes one without");
+        let check = format!("`qemu-img check -r all {path}` repairs it");
+        let unknown = self.incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
+        match () {
+            () if self.crypt != 0 => Some(format!("is encrypted, which is not supported; {convert}")),
+            () if unknown != 0 => {
+                Some(format!("has features that are not known (incompatible bits {unknown:#x}); {convert}"))
+            }
+            () if self.incompatible & CORRUPT != 0 => Some(format!("is marked corrupt; {check}")),
+            () if self.incompatible & DIRTY != 0 => {
+                Some(format!("is marked dirty: it was not closed in good order; {check}"))
+            }
+            () if self.incompatible & COMPRESSION != 0 => {
+                Some(format!("is compressed with zstd, which is not supported; {convert}"))
+            }
+            () if self.incompatible & EXTENDED_L2 != 0 => {
+                Some(format!("has extended L2 entries, which are not supported; {convert}"))
+            }
+            () => None,
+        }
+    }
+}
+
+/// Reads and judges the header of the image at `path`.
+///
+/// # Errors
+/// One line: not readable, or malformed.
+pub(super) fn load(path: &Path) -> Result<Header, OpenError> {
+    let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, source };
+    let file = std::fs::File::open(path).map_err(os("cannot open it"))?;
+    let mut bytes = vec![0; MAX_HEADER];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match file.read_at(&mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(os("cannot read it")(error)),
+        }
+    }
+    bytes.truncate(filled);
+    parse(&bytes).map_err(|reason| OpenError::Unsupported {
+        path: path.to_owned(),
+        reason: format!("{reason}; `qemu-img check {}` tells more", path.display()),
+    })
+}
+
+/// Reads a header from the first bytes of a file.
+pub(super) fn parse(bytes: &[u8]) -> Result<Header, String> {
+    let fields = Fields(bytes);
+    let mut header = parse_numbers(bytes)?;
+    let backing = (fields.u64(8)?, fields.u32(16)?);
+    if backing.0 != 0 {
+        if backing.1 == 0 || backing.1 > MAX_BACKING_NAME {
+            return Err(malformed(&format!("a backing file's name of {} bytes", backing.1)));
+        }
+        let start = usize::try_from(backing.0).map_err(|_| malformed("the backing file's name"))?;
+        header.backing = Some(text(fields.bytes(start, index(backing.1))?, "the backing file's name")?);
+    }
+    if header.version == 3 {
+        extensions(&fields, &mut header)?;
+    }
+    Ok(header)
+}
+
+/// Reads what has a fixed place: the first 112 bytes are enough.
+pub(super) fn parse_numbers(bytes: &[u8]) -> Result<Header, String> {
+    let fields = Fields(bytes);
+    if bytes.get(..4) != Some(&MAGIC) {
+        return Err("is not a qcow2 image".into());
+    }
+    let mut header = Header {
+        version: fields.u32(4)?,
+        size: fields.u64(24)?,
+        cluster_bits: fields.u32(20)?,
+        crypt: fields.u32(32)?,
+        l1_entries: fields.u32(36)?,
+        l1_offset: fields.u64(40)?,
+        reftable_offset: fields.u64(48)?,
+        reftable_clusters: fields.u32(56)?,
+        snapshots: fields.u32(60)?,
+        refcount_order: 4,
+        length: V2_BYTES,
+        ..Header::default()
+    };
+    match header.version {
+        2 => {}
+        3 => {
+            header.incompatible = fields.u64(72)?;
+            header.compatible = fields.u64(80)?;
+            header.refcount_order = fields.u32(96)?;
+            header.length = index(fields.u32(100)?);
+        }
+        version => return Err(format!("is qcow2 version {version}, and only 2 and 3 are known")),
+    }
+    judge(&header)?;
+    Ok(header)
+}
+
+fn judge(header: &Header) -> Result<(), String> {
+    let length = header.length;
+    if !CLUSTER_BITS.contains(&header.cluster_bits) {
+        return Err(malformed(&format!("clusters of 2^{} bytes", header.cluster_bits)));
+    }
+    let cluster = header.cluster_size();
+    if header.version == 3 && length < V3_BYTES || length as u64 > cluster {
+        return Err(malformed(&format!("a length of {length} bytes")));
+    }
+    if header.refcount_order > MAX_REFCOUNT_ORDER {
+        return Err(malformed(&format!("refcounts of 2^{} bits", header.refcount_order)));
+    }
+    let l1_bytes = u64::from(header.l1_entries) * 8;
+    let reftable_bytes = u64::from(header.reftable_clusters) * cluster;
+    for (what, offset, bytes, limit) in [
+        ("L1 table", header.l1_offset, l1_bytes, MAX_L1_BYTES),
+        ("refcount table", header.reftable_offset, reftable_bytes, MAX_REFTABLE_BYTES),
+    ] {
+        if bytes > limit {
+            return Err(malformed(&format!("{what}: {bytes} bytes, more than {limit}")));
+        }
+        if offset % cluster != 0 || offset.checked_add(bytes).is_none_or(|end| end > 1 << 56) {
+            return Err(malformed(&format!("{what}: at {offset:#x}")));
+        }
+    }
+    if !header.size.is_multiple_of(512) {
+        return Err(malformed(&format!("a size of {} bytes, no multiple of 512", header.size)));
+    }
+    if header.reftable_clusters == 0 {
+        return Err(malformed("no refcount table"));
+    }
+    // As many L1 entries as the size needs.
+    let covered = u128::from(header.l1_entries) * u128::from(cluster / 8) * u128::from(cluster);
+    if covered < u128::from(header.size) {
+        return Err(malformed(&format!(
+            "a size of {} bytes, for which the L1 table is too small",
+            header.size
+        )));
+    }
+    Ok(())
+}
+
+fn extensions(fields: &Fields<'_>, header: &mut Header) -> Result<(), String> {
+    let mut at = header.length;
+    let end = index(u32::try_from(header.cluster_size()).unwrap_or(u32::MAX));
+    // An end marker may be missing where the cluster ends.
+    while at + 8 <= end {
+        let (kind, len) = (fields.u32(at)?, index(fields.u32(at + 4)?));
+        let data = at + 8;
+        if kind == 0 {
+            break;
+        }
+        if data.checked_add(len).is_none_or(|stop| stop > end) {
+            return Err(malformed("an extension that does not end"));
+        }
+        match kind {
+            EXTENSION_BACKING_FORMAT => {
+                header.backing_format = Some(text(fields.bytes(data, len)?, "the backing file's format")?);
+            }
+            EXTENSION_DATA_FILE => {
+                header.data_file = Some(text(fields.bytes(data, len)?, "the data file's name")?);
+            }
+            EXTENSION_BITMAPS if len >= 4 => header.bitmaps = fields.u32(data)?,
+            _ => {}
+        }
+        at = data + len.next_multiple_of(8);
+    }
+    Ok(())
+}
+
+/// The bytes of a file's start; numbers are big-endian.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn bytes(&self, at: usize, len: usize) -> Result<&[u8], String> {
+        let end = at.checked_add(len).ok_or_else(|| malformed("an offset"))?;
+        self.0.get(at..end).ok_or_else(|| "has a header that is cut off".to_owned())
+    }
+
+    fn u32(&self, at: usize) -> Result<u32, String> {
+        let bytes = self.bytes(at, 4)?;
+        Ok(bytes.iter().fold(0, |number, byte| number << 8 | u32::from(*byte)))
+    }
+
+    fn u64(&self, at: usize) -> Result<u64, String> {
+        Ok(u64::from(self.u32(at)?) << 32 | u64::from(self.u32(at + 4)?))
+    }
+}
+
+fn text(bytes: &[u8], what: &str) -> Result<String, String> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err(malformed(what)),
+    }
+}
+
+fn malformed(what: &str) -> String {
+    format!("has a malformed header ({what})")
+}
+
+fn index(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> Vec<u8> {
+        let mut bytes = vec![0; 65536];
+        bytes[..4].copy_from_slice(&MAGIC);
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(4, &3_u32.to_be_bytes());
+        put(8, &200_u64.to_be_bytes());
+        put(16, &5_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 30).to_be_bytes());
+        put(36, &2_u32.to_be_bytes());
+        put(40, &(3_u64 << 16).to_be_bytes());
+        put(48, &(1_u64 << 16).to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        put(104, &EXTENSION_BACKING_FORMAT.to_be_bytes());
+        put(108, &3_u32.to_be_bytes());
+        put(112, b"raw");
+        put(200, b"b.img");
+        bytes
+    }
+
+    #[test]
+    fn a_header_is_read() {
+        let header = parse(&valid()).unwrap();
+        assert_eq!((header.size, header.cluster_size(), header.l1_entries), (1 << 30, 65536, 2));
+        assert_eq!(header.backing.as_deref(), Some("b.img"));
+        assert_eq!(header.backing_format.as_deref(), Some("raw"));
+        assert_eq!(header.refusal(Path::new("x")), None);
+    }
+
+    #[test]
+    fn absurd_values_are_refused() {
+        for (at, value) in [
+            (4, 7_u32),
+            (16, 0),
+            (16, 5000),
+            (20, 8),
+            (20, 22),
+            (20, u32::MAX),
+            (24, u32::MAX),
+            (28, 511),
+            (36, 0),
+            (36, u32::MAX),
+            (40, u32::MAX),
+            (44, 512),
+            (56, 0),
+            (56, u32::MAX),
+            (96, 7),
+            (100, 103),
+            (100, u32::MAX),
+            (108, u32::MAX),
+            (8, u32::MAX),
+        ] {
+            let mut bytes = valid();
+            bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+            let error = parse(&bytes).unwrap_err();
+            assert!(!error.contains('\n') && !error.is_empty(), "{error}");
+        }
+        for len in 0..300 {
+            assert!(parse(&valid()[..len]).is_err() || len >= 205);
+        }
+    }
+
+    #[test]
+    fn refusals_name_the_feature_and_the_way_out() {
+        for (bit, word, way_out) in [
+            (DIRTY, "dirty", "check -r all"),
+            (CORRUPT, "corrupt", "check -r all"),
+            (COMPRESSION, "zstd", "convert"),
+            (EXTENDED_L2, "extended L2", "convert"),
+            (1 << 40, "0x10000000000", "convert"),
+        ] {
+            let header = Header { incompatible: bit, ..Header::default() };
+            let line = header.refusal(Path::new("disk.qcow2")).unwrap();
+            assert!(line.contains(word) && line.contains(way_out), "{line}");
+        }
+        let header = Header { crypt: 2, ..Header::default() };
+        assert!(header.refusal(Path::new("x")).unwrap().contains("encrypted"));
+    }
+}

@@ -1,0 +1,313 @@
+//! The files that an image consists of, as imago sees them.
+//!
+//! imago reads and writes metadata through this, and nothing else: the data of guests goes to the file directly
+//! ([`super::write`]). What it writes is kept back in memory until [`super::commit`] brings it to the file in an order
+//! that no crash can turn into corruption; reads see it at once. What is kept back is in blocks of 512 bytes,
+//! since no cluster is smaller: a block of metadata never has data beside it.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use imago::Storage;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+
+use crate::{Backend, Buffer, Error, ErrorKind, Flags};
+
+/// Unit of what is kept back, in bytes.
+pub(super) const BLOCK: u64 = 512;
+
+/// The bytes of one.
+pub(super) type BlockBytes = [u8; 512];
+
+/// Blocks that are kept back, by their number.
+pub(super) type Blocks = BTreeMap<u64, Box<BlockBytes>>;
+
+/// One file of an image. Clones are the same file.
+#[derive(Clone)]
+pub(super) struct Host(Arc<Inner>);
+
+struct Inner {
+    path: PathBuf,
+    /// Its number within the image.
+    number: u8,
+    file: Arc<dyn Backend>,
+    /// Size in bytes, for the formats that go by it.
+    size: u64,
+    /// Metadata that has not been committed; None where nothing may be written.
+    kept: Option<Mutex<Blocks>>,
+    /// Held while part of a block is filled in.
+    filling: tokio::sync::Mutex<()>,
+    /// The header was written: a table may have moved, and left its clusters.
+    moved: AtomicBool,
+    /// Nothing is kept back: for the test that shows why it is.
+    #[cfg(test)]
+    at_once: AtomicBool,
+    helper: CommonStorageHelper,
+}
+
+impl Host {
+    /// A file that is only read.
+    pub(super) fn read_only(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64) -> Self {
+        Host::new(path, number, file, size, None)
+    }
+
+    /// A file whose metadata changes.
+    pub(super) fn writable(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64) -> Self {
+        Host::new(path, number, file, size, Some(Mutex::default()))
+    }
+
+    fn new(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64, kept: Option<Mutex<Blocks>>) -> Self {
+        Host(Arc::new(Inner {
+            path: path.to_owned(),
+            number,
+            file,
+            size,
+            kept,
+            filling: tokio::sync::Mutex::default(),
+            moved: AtomicBool::new(false),
+            #[cfg(test)]
+            at_once: AtomicBool::new(false),
+            helper: CommonStorageHelper::default(),
+        }))
+    }
+
+    pub(super) fn number(&self) -> u8 {
+        self.0.number
+    }
+
+    pub(super) fn file(&self) -> &Arc<dyn Backend> {
+        &self.0.file
+    }
+
+    /// A copy of what is kept back.
+    pub(super) fn kept(&self) -> Blocks {
+        self.blocks().map(|blocks| blocks.clone()).unwrap_or_default()
+    }
+
+    /// Bytes that are kept back.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        self.blocks().map_or(0, |blocks| blocks.len() as u64 * BLOCK)
+    }
+
+    #[cfg(test)]
+    pub(super) fn write_at_once(&self) {
+        self.0.at_once.store(true, Relaxed);
+    }
+
+    /// Whether a table may have moved since the last commit.
+    pub(super) fn moved(&self) -> bool {
+        self.0.moved.load(Relaxed)
+    }
+
+    /// Forgets what is kept back: it is in the file now.
+    pub(super) fn clear_kept(&self) {
+        self.0.moved.store(false, Relaxed);
+        if let Some(mut blocks) = self.blocks() {
+            blocks.clear();
+        }
+    }
+
+    fn blocks(&self) -> Option<MutexGuard<'_, Blocks>> {
+        self.0.kept.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Fills a buffer from the file alone; zeroes past its end.
+    pub(super) async fn read_file(&self, offset: u64, len: usize) -> io::Result<Buffer> {
+        let mut buf = Buffer::new(len);
+        let size = self.0.file.geometry().size;
+        let inside = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        if inside == len {
+            return self.0.file.read(offset, buf, Flags::NONE).await.map_err(to_io);
+        }
+        buf.fill(0);
+        if inside > 0 {
+            let head = self.0.file.read(offset, Buffer::new(inside), Flags::NONE).await.map_err(to_io)?;
+            buf[..inside].copy_from_slice(&head);
+        }
+        Ok(buf)
+    }
+
+    /// The same, with what is kept back in it.
+    pub(super) async fn read(&self, offset: u64, len: usize) -> io::Result<Buffer> {
+        // First what is kept: a commit meanwhile moves it to the file and forgets it here.
+        let end = offset + len as u64;
+        let kept: Vec<(u64, Box<BlockBytes>)> = match self.blocks() {
+            Some(blocks) => blocks
+                .range(offset / BLOCK..end.div_ceil(BLOCK))
+                .map(|(number, block)| (*number, block.clone()))
+                .collect(),
+            None => Vec::new(),
+        };
+        let mut buf = self.read_file(offset, len).await?;
+        for (number, block) in kept {
+            let start = number * BLOCK;
+            let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+            buf[index(from - offset)..index(to - offset)]
+                .copy_from_slice(&block[index(from - start)..index(to - start)]);
+        }
+        Ok(buf)
+    }
+
+    /// Keeps bytes back, to be committed.
+    async fn keep(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.0.kept.is_none() {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        let end = offset
+            .checked_add(bytes.len() as u64)
+            .filter(|end| *end <= self.0.file.geometry().size)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let _filling = self.0.filling.lock().await;
+        if offset < BLOCK {
+            self.0.moved.store(true, Relaxed);
+        }
+        let first = offset / BLOCK * BLOCK;
+        let mut whole = Vec::new();
+        let whole: &[u8] = if first == offset && end.is_multiple_of(BLOCK) {
+            bytes
+        } else {
+            let stop = end.next_multiple_of(BLOCK);
+            whole.extend_from_slice(&self.read(first, index(stop - first)).await?);
+            whole[index(offset - first)..][..bytes.len()].copy_from_slice(bytes);
+            &whole
+        };
+        #[cfg(test)]
+        if self.0.at_once.load(Relaxed) {
+            let write = self.0.file.write(first, Buffer::copy_of(whole), Flags::NONE);
+            return write.await.map_err(to_io);
+        }
+        let Some(mut blocks) = self.blocks() else { return Ok(()) };
+        for (number, block) in (first / BLOCK..).zip(whole.as_chunks().0) {
+            blocks.insert(number, Box::new(*block));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Host").field(&self.0.path).finish()
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.path.display().fmt(f)
+    }
+}
+
+impl Storage for Host {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.0.size)
+    }
+
+    fn get_filename(&self) -> Option<PathBuf> {
+        Some(self.0.path.clone())
+    }
+
+    /// Beside the image that names it, as qemu has it.
+    fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
+        Ok(super::chain::beside(&self.0.path, relative.as_ref()))
+    }
+
+    // SAFETY: nothing is unsafe in here; any alignment is served.
+    async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let len = usize::try_from(bufv.len()).map_err(io::Error::other)?;
+        let buf = self.read(offset, len).await?;
+        bufv.copy_from_slice(&buf);
+        Ok(())
+    }
+
+    // SAFETY: as above.
+    async unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let mut bytes = vec![0; usize::try_from(bufv.len()).map_err(io::Error::other)?];
+        bufv.copy_into_slice(&mut bytes);
+        self.keep(offset, &bytes).await
+    }
+
+    // SAFETY: as above. imago asks for it only past the end of the disk, within its last cluster.
+    async unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.keep(offset, &vec![0; usize::try_from(length).map_err(io::Error::other)?]).await
+    }
+
+    /// Nothing: what is kept back goes to the file by a commit alone.
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Nothing is under way that was dropped: the engine drops no operation, and metadata is kept back.
+    async fn settle_writes(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    // SAFETY: there is no cache to drop.
+    async unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.0.helper
+    }
+
+    /// For a data file whose disk grows. It is never made shorter.
+    async fn resize(&self, new_size: u64, _prealloc_mode: PreallocateMode) -> io::Result<()> {
+        if self.0.kept.is_none() {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        self.0.file.grow(new_size).await.map_err(to_io)
+    }
+}
+
+/// Discards a range of whole clusters, which read as zeroes then.
+///
+/// The caller holds an exclusive lock on the range, has made the map forget it, and keeps allocations away: nobody has
+/// a mapping of it, neither here nor within imago.
+pub(super) async fn discard_to_zero(
+    image: &imago::FormatAccess<Host>,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    // SAFETY: nobody holds a mapping of the range, as said above.
+    unsafe { image.discard_to_zero_unsafe(offset, len) }.await
+}
+
+/// The same for version 2 images, without a backing file: the range is no longer mapped.
+pub(super) async fn discard_to_backing(
+    image: &imago::FormatAccess<Host>,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    // SAFETY: as for `discard_to_zero`.
+    unsafe { image.discard_to_backing_unsafe(offset, len) }.await
+}
+
+/// An error of ours, for imago; its errno survives.
+pub(super) fn to_io(error: Error) -> io::Error {
+    match error.errno() {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => io::Error::other(error.to_string()),
+    }
+}
+
+/// An error of imago's, for the pipeline.
+pub(super) fn from_io(error: &io::Error) -> Error {
+    match rustix::io::Errno::from_io_error(error) {
+        Some(errno) => Error::from_errno(errno, "image"),
+        None => Error::new(ErrorKind::Io, format!("image: {error}")),
+    }
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,77 @@
+//! `nbdbridge attach` and `nbdbridge detach`: their flags, and the typed values made of them.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
+
+use super::also::{AlsoNet, Writers};
+use super::process::ProcessFlags;
+use super::source::SourceFlags;
+use super::values::{self, Source};
+use super::{DoorArgs, ServeArgs, UsageError};
+
+/// What the loop device was asked to be. All else comes from the source.
+#[derive(Clone, Debug)]
+pub(crate) struct LoopArgs {
+    /// Threads that answer the kernel; None for as many as do well.
+    pub(crate) threads: Option<usize>,
+}
+
+/// The flags of `nbdbridge attach` as clap reads them.
+#[derive(Debug, Args)]
+#[command(
+    next_line_help = false,
+    after_help = "It goes to the background and prints the path of the block device. To end it: nbdbridge detach DEVICE.\n\
+                  SIZE and BYTES take K, M, G and T (powers of 1024), SECONDS also 500ms, 10s or 2m."
+)]
+pub(super) struct AttachCommand {
+    /// What to attach: the path of a raw image or block device, file:PATH, mem:SIZE or null:SIZE
+    #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(values::parse_source))]
+    source: Source,
+
+    /// Stay in the foreground, until a signal ends it
+    #[arg(long, conflicts_with = "fork")]
+    foreground: bool,
+
+    #[command(flatten)]
+    also: AlsoNet,
+
+    #[command(flatten)]
+    writers: Writers,
+
+    #[command(flatten)]
+    image: SourceFlags,
+
+    #[command(flatten)]
+    process: ProcessFlags,
+}
+
+impl AttachCommand {
+    /// Checks what clap cannot, and makes the typed values.
+    pub(super) fn into_args(self) -> Result<ServeArgs, UsageError> {
+        let exports = vec![self.also.name(self.source)];
+        let mut process = self.process.into_args();
+        process.fork = !self.foreground;
+        let device = DoorArgs::Loop(LoopArgs { threads: None });
+        Ok(ServeArgs {
+            source: self.image.into_args(&exports)?,
+            exports,
+            doors: std::iter::once(device).chain(self.also.into_door()?).collect(),
+            multi_writer: self.writers.multi_writer,
+            process,
+        })
+    }
+}
+
+/// What to end.
+#[derive(Debug, Args)]
+pub(crate) struct DetachArgs {
+    /// The block device or file that attach or fuse has made
+    #[arg(value_name = "DEVICE|FILE")]
+    pub(crate) target: PathBuf,
+
+    /// End it although it is in use: its users get errors
+    #[arg(long)]
+    pub(crate) force: bool,
+}

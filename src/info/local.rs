@@ -1,0 +1,193 @@
+//! What an image, a device or memory is: facts, printed for people or as JSON.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use bridge::backend::image::{self, Description};
+use bridge::{Backend, Capabilities, ExtentKind, Flags};
+
+use crate::cli::{InfoArgs, Source};
+use crate::{assemble, size};
+
+/// A named fact. The name is JSON's; people see it with blanks.
+struct Fact {
+    name: &'static str,
+    value: Value,
+}
+
+/// What a fact says.
+enum Value {
+    Text(String),
+    Number(u64),
+    /// A number of bytes: people see what they amount to as well.
+    Bytes(u64),
+    Flag(bool),
+    List(Vec<String>),
+}
+
+/// A run of the map.
+struct Run {
+    start: u64,
+    len: u64,
+    kind: ExtentKind,
+}
+
+/// Tells about a source.
+///
+/// # Errors
+/// One line: it cannot be read. An image that cannot be served is told about all the same, if its header makes sense.
+pub(super) fn tell(args: &InfoArgs) -> Result<String> {
+    let opened = assemble::open(&args.source, &args.source_args());
+    let mut facts = vec![Fact { name: "source", value: Value::Text(args.source.to_string()) }];
+    if let Source::Path(path) = &args.source {
+        facts.extend(image_facts(path, args)?);
+    }
+    match &opened {
+        Ok(source) => facts.extend(source_facts(&**source)),
+        Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
+        Err(_) => {}
+    }
+    let map = match opened {
+        Ok(source) if args.map => Some(map_of(source)?),
+        Err(error) if args.map => return Err(error),
+        _ => None,
+    };
+    Ok(if args.json { json(&facts, map.as_deref()) } else { lines(&facts, map.as_deref()) })
+}
+
+fn text(name: &'static str, value: impl Into<String>) -> Fact {
+    Fact { name, value: Value::Text(value.into()) }
+}
+
+fn image_facts(path: &Path, args: &InfoArgs) -> Result<Vec<Fact>> {
+    let any = args.allow_backing.any();
+    let Description {
+        format,
+        size,
+        allocated,
+        length,
+        version,
+        cluster_size,
+        refcount_bits,
+        features,
+        data_file,
+        chain,
+    } = image::describe(path, args.format, any)?;
+    let mut facts = vec![text("format", format.name())];
+    facts.extend(size.map(|size| Fact { name: "header-size", value: Value::Bytes(size) }));
+    facts.push(Fact { name: "allocated", value: Value::Bytes(allocated) });
+    facts.push(Fact { name: "file-length", value: Value::Bytes(length) });
+    facts.extend(version.map(|version| Fact { name: "version", value: Value::Number(version.into()) }));
+    facts.extend(cluster_size.map(|size| Fact { name: "cluster-size", value: Value::Bytes(size) }));
+    facts.extend(refcount_bits.map(|bits| Fact { name: "refcount-bits", value: Value::Number(bits.into()) }));
+    if !features.is_empty() {
+        facts.push(Fact {
+            name: "features",
+            value: Value::List(features.into_iter().map(str::to_owned).collect()),
+        });
+    }
+    facts.extend(data_file.map(|path| text("data-file", path.display().to_string())));
+    if !chain.is_empty() {
+        let chain = chain.iter().map(|link| format!("{} ({})", link.path.display(), link.format));
+        facts.push(Fact { name: "backing-chain", value: Value::List(chain.collect()) });
+    }
+    Ok(facts)
+}
+
+fn source_facts(source: &dyn Backend) -> Vec<Fact> {
+    let geometry = source.geometry();
+    vec![
+        Fact { name: "size", value: Value::Bytes(geometry.size) },
+        Fact { name: "minimum-block", value: Value::Number(geometry.min_block.into()) },
+        Fact { name: "preferred-block", value: Value::Number(geometry.preferred_block.into()) },
+        Fact {
+            name: "rotational",
+            value: Value::Flag(geometry.capabilities.contains(Capabilities::ROTATIONAL)),
+        },
+    ]
+}
+
+/// Asks for the whole map, piece by piece.
+fn map_of(source: Box<dyn Backend>) -> Result<Vec<Run>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())
+        .context("no event loop")?;
+    runtime.block_on(async {
+        let end = source.geometry().size;
+        let mut runs: Vec<Run> = Vec::new();
+        let mut at = 0;
+        while at < end {
+            for extent in source.block_status(at, end - at, Flags::NONE).await? {
+                match runs.last_mut() {
+                    Some(run) if run.kind == extent.kind => run.len += extent.len,
+                    _ => runs.push(Run { start: at, len: extent.len, kind: extent.kind }),
+                }
+                at += extent.len;
+            }
+        }
+        Ok(runs)
+    })
+}
+
+fn kind_name(kind: ExtentKind) -> &'static str {
+    match kind {
+        ExtentKind::Data => "data",
+        ExtentKind::Zero => "zero",
+        ExtentKind::Hole => "hole",
+    }
+}
+
+fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
+    let mut text = String::new();
+    for Fact { name, value } in facts {
+        let name = format!("{}:", name.replace('-', " "));
+        let mut line = |value: &str| text.push_str(&format!("{name:<17}{value}\n"));
+        match value {
+            Value::Text(value) => line(value),
+            Value::Number(number) => line(&number.to_string()),
+            Value::Bytes(bytes) => line(&format!("{} ({bytes} bytes)", size::human(*bytes))),
+            Value::Flag(set) => line(if *set { "yes" } else { "no" }),
+            Value::List(items) => line(&items.join(", ")),
+        }
+    }
+    for Run { start, len, kind } in map.unwrap_or_default() {
+        text.push_str(&format!("{start:>16}{len:>16}  {}\n", kind_name(*kind)));
+    }
+    text
+}
+
+fn json(facts: &[Fact], map: Option<&[Run]>) -> String {
+    let mut members: Vec<String> = facts
+        .iter()
+        .map(|Fact { name, value }| {
+            let value = match value {
+                Value::Text(value) => quoted(value),
+                Value::Number(number) | Value::Bytes(number) => number.to_string(),
+                Value::Flag(set) => set.to_string(),
+                Value::List(items) => {
+                    format!("[{}]", items.iter().map(|item| quoted(item)).collect::<Vec<_>>().join(", "))
+                }
+            };
+            format!("  {}: {value}", quoted(name))
+        })
+        .collect();
+    if let Some(map) = map {
+        let runs: Vec<String> = map
+            .iter()
+            .map(|Run { start, len, kind }| {
+                format!(
+                    "    {{\"start\": {start}, \"length\": {len}, \"kind\": {}}}",
+                    quoted(kind_name(*kind))
+                )
+            })
+            .collect();
+        members.push(format!("  \"map\": [\n{}\n  ]", runs.join(",\n")));
+    }
+    format!("{{\n{}\n}}\n", members.join(",\n"))
+}
+
+/// A JSON string.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}

@@ -1,0 +1,107 @@
+//! `nbdbridge attach`: a block device over a source; here by a loop device over a FUSE file.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use crate::support::mount::{Mount, missing, nbdbridge, run};
+use crate::support::{PROGRAM, eventually, one_line};
+
+/// An image in a folder, attached in the foreground; its log is in the folder.
+fn attach(size: u64) -> Mount {
+    let folder = tempfile::tempdir().unwrap();
+    fs::File::create(folder.path().join("disk.img")).unwrap().set_len(size).unwrap();
+    let mut command = nbdbridge(folder.path(), &["attach", "--foreground", "disk.img"]);
+    Mount::start(folder, &mut command, 1)
+}
+
+fn skip(test: &str) -> bool {
+    if !Path::new("/dev/loop-control").exists() {
+        eprintln!("SKIP: {test}: there are no loop devices here");
+        return true;
+    }
+    missing(test, &["mkfs.ext4", "mount", "umount"])
+}
+
+#[test]
+fn a_file_system_on_an_attached_image() {
+    const TEST: &str = "a_file_system_on_an_attached_image";
+    if skip(TEST) {
+        return;
+    }
+    let mut mount = attach(64 << 20);
+    let (device, place) = (mount.path.clone(), mount.join("place"));
+    assert!(device.to_str().unwrap().starts_with("/dev/loop"), "{}", device.display());
+    let name = device.file_name().unwrap().to_str().unwrap().to_owned();
+    let setting =
+        |name: &str, file: &str| fs::read_to_string(format!("/sys/block/{name}/loop/{file}")).unwrap();
+    assert_eq!((setting(&name, "dio").trim(), setting(&name, "partscan").trim()), ("1", "0"));
+    run("mkfs.ext4", &[&"-q", &device]);
+    fs::create_dir(&place).unwrap();
+    run("mount", &[&device, &place]);
+    fs::write(place.join("hello"), "data").unwrap();
+    // In use it stays: detach says so, and a signal waits.
+    let refused = nbdbridge(mount.folder.path(), &["detach".as_ref(), device.as_os_str()]).output().unwrap();
+    assert!(one_line(&refused).contains("is in use (mounted at "), "{refused:?}");
+    mount.server.signal(Signal::TERM);
+    eventually("it says why it stays", || mount.log().contains("is in use (mounted at "));
+    assert!(mount.server.is_running());
+    fs::write(place.join("more"), "data").unwrap();
+    run("umount", &[&place]);
+    let status = mount.server.wait(std::time::Duration::from_secs(20)).expect("it ends when it is free");
+    assert_eq!(status.code(), Some(0), "{}", mount.log());
+    assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists(), "the device is free");
+    run("fsck.ext4", &[&"-fn", &mount.join("disk.img")]);
+}
+
+#[test]
+fn attach_devices_detach() {
+    const TEST: &str = "attach_devices_detach";
+    if skip(TEST) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("disk.img"), vec![5; 1 << 20]).unwrap();
+    let output = nbdbridge(folder.path(), &["attach", "disk.img", "--read-only"]).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim_end());
+    let mut bytes = [0; 512];
+    fs::File::open(&device).unwrap().read_exact_at(&mut bytes, 4096).unwrap();
+    assert_eq!(bytes, [5; 512]);
+    let name = device.file_name().unwrap().to_str().unwrap();
+    assert_eq!(fs::read_to_string(format!("/sys/block/{name}/ro")).unwrap().trim(), "1");
+    let listed = run(PROGRAM, &[&"devices"]);
+    let image = folder.path().join("disk.img").display().to_string();
+    let row = listed.lines().find(|line| line.ends_with(&image)).unwrap_or_default();
+    let start = format!("{} ", device.display());
+    assert!(row.starts_with(&start) && row.contains(" loop ") && row.contains(" read-only "), "{listed}");
+    run(PROGRAM, &[&"detach", &device]);
+    assert!(!run(PROGRAM, &[&"devices"]).contains(&image));
+    assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
+    let refused = nbdbridge(folder.path(), &["detach".as_ref(), device.as_os_str()]).output().unwrap();
+    assert!(one_line(&refused).contains("was not attached by nbdbridge"), "{refused:?}");
+}
+
+#[test]
+fn what_a_killed_attachment_has_left_is_cleared() {
+    const TEST: &str = "what_a_killed_attachment_has_left_is_cleared";
+    if skip(TEST) {
+        return;
+    }
+    let mut mount = attach(1 << 20);
+    let device = mount.path.clone();
+    let backing = Command::new("losetup").args(["-n", "-O", "BACK-FILE"]).arg(&device).output().unwrap();
+    let backing = PathBuf::from(String::from_utf8(backing.stdout).unwrap().trim());
+    mount.server.child.kill().unwrap();
+    mount.server.child.wait().unwrap();
+    let listed = run(PROGRAM, &[&"devices"]);
+    let row = listed.lines().find(|line| line.starts_with(&format!("{} ", device.display())));
+    assert!(row.is_some_and(|row| row.contains(" dead ")), "{listed}");
+    run(PROGRAM, &[&"detach", &device]);
+    assert!(!backing.exists() && !backing.parent().unwrap().exists(), "{}", backing.display());
+    let name = device.file_name().unwrap().to_str().unwrap();
+    assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
+}
