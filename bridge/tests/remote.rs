@@ -44,6 +44,18 @@ async fn read(disk: &NbdBackend, offset: u64, len: usize) -> Result<Vec<u8>, Err
     disk.read(offset, Buffer::new(len), Flags::NONE).await.map(|data| data.to_vec())
 }
 
+/// The same of an impatient source, whose connection may have been lost a moment ago.
+async fn read_in_the_end(disk: &NbdBackend, offset: u64, len: usize) -> Vec<u8> {
+    let begun = Instant::now();
+    loop {
+        match read(disk, offset, len).await {
+            Ok(data) => return data,
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(10), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 async fn write(disk: &NbdBackend, offset: u64, data: &[u8]) -> Result<(), Error> {
     disk.write(offset, Buffer::copy_of(data), Flags::NONE).await
 }
@@ -123,9 +135,9 @@ fn lies_cost_the_connection_and_the_request_but_not_the_source() {
             assert_eq!(error.kind(), ErrorKind::Io);
             let text = error.to_string();
             assert!(text.contains(word) && !text.contains('\n'), "{n}: {text}");
-            assert_eq!(read(&disk, 0, 512).await.unwrap(), [9; 512], "{n}: others are not harmed");
+            assert_eq!(read_in_the_end(&disk, 0, 512).await, [9; 512], "{n}: others are not harmed");
             lies.store(false, SeqCst);
-            assert_eq!(read(&disk, 8192, 4096).await.unwrap(), [0; 4096], "{n}: nor later ones");
+            assert_eq!(read_in_the_end(&disk, 8192, 4096).await, [0; 4096], "{n}: nor later ones");
         });
     }
 }
@@ -201,7 +213,7 @@ fn lies_about_block_status() {
             let disk = server.open(&NbdOptions { reconnect_timeout: Duration::from_millis(60), ..options() });
             let error = disk.block_status(0, 4096, Flags::NONE).await.unwrap_err();
             assert!(error.to_string().contains("the server"), "{n}: {error}");
-            assert_eq!(read(&disk, 0, 512).await.unwrap(), [0; 512]);
+            assert_eq!(read_in_the_end(&disk, 0, 512).await, [0; 512]);
         });
     }
     // More than anybody wants to know is cut, not kept.
@@ -321,7 +333,7 @@ fn no_patience_at_all() {
         read(&disk, 0, 512).await.unwrap();
         let error = read(&disk, 0, 512).await.unwrap_err();
         assert!(error.to_string().contains("closed the connection"), "{error}");
-        read(&disk, 0, 512).await.unwrap();
+        read_in_the_end(&disk, 0, 512).await;
     });
 }
 
@@ -338,7 +350,7 @@ fn silence_on_a_living_connection_is_cut_short() {
         let patience = Duration::from_millis(200);
         let disk = server.open(&NbdOptions {
             request_timeout: Some(patience),
-            reconnect_timeout: Duration::from_millis(500),
+            reconnect_timeout: Duration::from_millis(1500),
             ..options()
         });
         let begun = Instant::now();

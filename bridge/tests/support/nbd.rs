@@ -80,7 +80,8 @@ struct Shared {
     offer: Mutex<Offer>,
     disk: MemoryBackend,
     script: Box<Script>,
-    over: AtomicBool,
+    /// Ends the present listener.
+    over: Mutex<Arc<AtomicBool>>,
     connections: AtomicU64,
     requests: AtomicU64,
     open: Mutex<Vec<UnixStream>>,
@@ -98,7 +99,7 @@ impl Server {
             offer: Mutex::new(offer),
             disk,
             script: Box::new(script),
-            over: AtomicBool::new(false),
+            over: Mutex::default(),
             connections: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             open: Mutex::default(),
@@ -113,11 +114,11 @@ impl Server {
         let path = self.folder.path().join("sock");
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(path).unwrap();
-        let shared = self.shared.clone();
-        shared.over.store(false, SeqCst);
+        let (shared, over) = (self.shared.clone(), Arc::new(AtomicBool::new(false)));
+        *shared.over.lock().unwrap() = over.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                if shared.over.load(SeqCst) {
+                if over.load(SeqCst) {
                     return;
                 }
                 let (shared, stream) = (shared.clone(), stream.unwrap());
@@ -134,7 +135,7 @@ impl Server {
 
     /// Drops all clients and takes no more, until it listens again.
     pub fn go_away(&self) {
-        self.shared.over.store(true, SeqCst);
+        self.shared.over.lock().unwrap().store(true, SeqCst);
         // The listener ends at its next client.
         let _ = UnixStream::connect(self.folder.path().join("sock"));
         let _ = std::fs::remove_file(self.folder.path().join("sock"));
