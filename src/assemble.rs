@@ -1,44 +1,61 @@
 //! From the command line's words to exports: source, layers, name. The one place that knows every backend and layer.
+//!
+//! The order of the layers is the same whatever the order of the flags. From the source up:
+//!
+//! ```text
+//!   source ─ overlay (--snapshot, --overlay) ─ part (--partition, or --offset and --size) ─ --detect-zeroes
+//!          ─ --fault ─ --read-only ─ --throttle of groups ─ --throttle of the export itself
+//! ```
+//!
+//! So an overlay is one of the whole image, and stays of use with another part; zeroes are found before they reach it;
+//! a fault hits what clients ask for; and what is refused or fails still counts for the limits.
 
+mod limits;
+mod overlay;
+
+use std::future::Future;
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
 use bridge::backend::file::{FileBackend, FileOptions};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
-use bridge::layer::{Fault, ReadOnly, Slice, Throttle, ThrottleConfig};
-use bridge::{Backend, Export};
+use bridge::layer::{DetectZeroes as DetectLayer, Fault, ReadOnly, Slice, ZeroMode};
+use bridge::{Backend, Export, partition};
+use tokio::runtime::{Builder, LocalOptions};
 
 use crate::cli::{
-    AioMode, CacheMode, DiscardMode, ExportArg, Format, Source, SourceArgs, UsageError, create,
+    AioMode, CacheMode, DetectZeroes, DiscardMode, ExportArg, Format, Part, Source, SourceArgs, UsageError,
+    create,
 };
+use limits::Limits;
 
-/// Opens every source and stacks its layers, bottom to top: slice, fault, read-only, throttle.
+/// Opens every source and stacks its layers.
 ///
 /// # Errors
 /// One line for the first that cannot be served.
 pub(crate) fn exports(exports: &[ExportArg], args: &SourceArgs) -> Result<Vec<Arc<Export>>> {
-    let throttle = match &args.throttle {
-        Some(text) => text.parse().map_err(|error| UsageError::new(format!("--throttle: {error}")))?,
-        None => ThrottleConfig::default(),
-    };
-    exports.iter().map(|export| assemble(export, args, &throttle)).collect()
+    let limits = Limits::parse(&args.throttles, exports)?;
+    exports.iter().map(|export| assemble(export, args, &limits)).collect()
 }
 
-fn assemble(export: &ExportArg, args: &SourceArgs, throttle: &ThrottleConfig) -> Result<Arc<Export>> {
-    let mut stack = open(&export.source, args)?;
-    if args.offset > 0 {
-        let size = stack.geometry().size;
-        ensure!(
-            args.offset <= size,
-            UsageError::new(format!(
-                "--offset {} lies past the end of {} ({size} bytes)",
-                args.offset, export.source
-            ))
-        );
-        stack = Box::new(Slice::new(stack, args.offset, size - args.offset));
+fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits) -> Result<Arc<Export>> {
+    let mut stack = match &args.overlay {
+        None => open(&export.source, args)?,
+        Some(overlay) => {
+            let base = open(&export.source, &SourceArgs { read_only: true, ..args.clone() })?;
+            overlay::lay(base, overlay, &export.source, args)?
+        }
+    };
+    if let Some(part) = args.part {
+        stack = cut(stack, part, &export.source)?;
     }
+    stack = match args.detect_zeroes {
+        DetectZeroes::Off => stack,
+        DetectZeroes::On => Box::new(DetectLayer::new(stack, ZeroMode::On)),
+        DetectZeroes::Unmap => Box::new(DetectLayer::new(stack, ZeroMode::Unmap)),
+    };
     for fault in &args.faults {
         let config = fault.parse().map_err(|error| UsageError::new(format!("--fault: {error}")))?;
         stack = Box::new(Fault::new(stack, config));
@@ -46,10 +63,39 @@ fn assemble(export: &ExportArg, args: &SourceArgs, throttle: &ThrottleConfig) ->
     if args.read_only {
         stack = Box::new(ReadOnly::new(stack));
     }
-    let stack =
-        Throttle::new(stack, *throttle).map_err(|error| UsageError::new(format!("--throttle: {error}")))?;
-    let stack = Box::new(stack);
-    Ok(Export::new(export.name.clone(), export.description.clone(), stack))
+    let stack = limits.lay(stack, &export.name)?;
+    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack))
+}
+
+fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn Backend>> {
+    let whole = stack.geometry().size;
+    let (start, len) = match part {
+        Part::Range { offset, size } => {
+            let past =
+                |what: &str| UsageError::new(format!("{what} lies past the end of {source} ({whole} bytes)"));
+            ensure!(offset <= whole, past(&format!("--offset {offset}")));
+            let len = size.unwrap_or(whole - offset);
+            ensure!(len <= whole - offset, past(&format!("the end of --size {len}")));
+            (offset, len)
+        }
+        Part::Partition(number) => {
+            let found = apart(|| partition::find(&*stack, number))?.with_context(|| source.to_string())?;
+            (found.start, found.len)
+        }
+    };
+    Ok(Box::new(Slice::new(stack, start, len)))
+}
+
+/// Runs a future that reads from sources, on a thread and a runtime of its own: what it leaves there (a ring, buffers) is
+/// of no use to the workers.
+pub(crate) fn apart<F: Future<Output: Send>>(make: impl FnOnce() -> F + Send) -> Result<F::Output> {
+    let run = || {
+        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+        Ok(runtime.context("cannot start an event loop")?.block_on(make()))
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(run).join().unwrap_or_else(|_| Err(anyhow!("cannot open the source")))
+    })
 }
 
 fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
@@ -69,7 +115,12 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
         tracing::info!("{source}: made, {size} bytes");
     }
     let Format::Raw = args.format;
-    let options = FileOptions {
+    Ok(Box::new(FileBackend::open(path, &file_options(args))?))
+}
+
+/// How files are opened, the overlay's as well as images.
+fn file_options(args: &SourceArgs) -> FileOptions {
+    FileOptions {
         read_only: args.read_only,
         cache: match args.cache {
             CacheMode::Writeback => FileCache::Writeback,
@@ -88,6 +139,5 @@ fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
             DiscardMode::Ignore => FileDiscard::Ignore,
         },
         lock: args.lock,
-    };
-    Ok(Box::new(FileBackend::open(path, &options)?))
+    }
 }

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::attachment;
 use crate::cli::{FuseArgs, LoopArgs, Source};
+use crate::control::Watch;
 use crate::door::{Door, Site};
 use crate::fuse::FuseDoor;
 
@@ -55,8 +56,7 @@ impl LoopDoor {
         }
         let folder = Folder::make()?;
         let file = folder.0.join(name(&site.args[0].source));
-        let wish =
-            FuseArgs { file, allow_other: false, growable: false, read_only: false, threads: args.threads };
+        let wish = FuseArgs { file, allow_other: false, growable: false, threads: args.threads };
         let file = FuseDoor::open(&wish, site).await?;
         let path = file.path().to_owned();
         let read_only = geometry.read_only();
@@ -88,6 +88,14 @@ impl LoopDoor {
 }
 
 impl Door for LoopDoor {
+    fn watch(&self) -> Watch {
+        let mut watch = self.file.watch();
+        for place in &mut watch.places {
+            place.at = self.device.path().display().to_string();
+        }
+        Watch { kind: "attach", ..watch }
+    }
+
     fn lines(&self) -> Vec<String> {
         vec![self.device.path().display().to_string()]
     }

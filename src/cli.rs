@@ -9,7 +9,10 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod also;
+mod ask;
 mod attach;
+mod bench;
 pub(crate) mod create;
 mod fuse;
 pub(crate) mod logging;
@@ -27,12 +30,14 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use ask::{AskAction, LimitsWish};
 pub(crate) use attach::{DetachArgs, LoopArgs};
+pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
-pub(crate) use net::{DEFAULT_PORT, NetArgs};
+pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
-pub(crate) use source::{ExportArg, SourceArgs};
-pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
+pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
+pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;
@@ -48,6 +53,10 @@ pub(crate) enum Action {
     Devices,
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge ps` and others: ask the servers that are running.
+    Ask(AskAction),
+    /// `nbdbridge bench`: measure a server.
+    Bench(Box<BenchArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -59,8 +68,10 @@ pub(crate) struct ServeArgs {
     pub(crate) exports: Vec<ExportArg>,
     /// How their sources are opened.
     pub(crate) source: SourceArgs,
-    /// At least one.
+    /// At least one. The first may write what the sources let it.
     pub(crate) doors: Vec<DoorArgs>,
+    /// So may the others.
+    pub(crate) multi_writer: bool,
     /// How the process behaves.
     pub(crate) process: ProcessArgs,
 }
@@ -141,6 +152,16 @@ enum Words {
     Devices,
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// List the servers that are running, and what they serve
+    Ps(ask::PsCommand),
+    /// Show what was asked of exports: counts, bytes, errors, latencies
+    Stats(ask::StatsCommand),
+    /// Show or change the limits of an export that is being served
+    Throttle(ask::ThrottleCommand),
+    /// Make an export larger while it is being served
+    Resize(ask::ResizeCommand),
+    /// Measure an NBD server
+    Bench(Box<bench::BenchCommand>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -163,6 +184,14 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         Words::Detach(args) => Ok(Action::Detach(args)),
         Words::Devices => Ok(Action::Devices),
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Ps(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Throttle(flags) => flags.into_action().map(Action::Ask).map_err(|error| report(&error.into())),
+        Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Bench(flags) => match flags.into_args() {
+            Ok(args) => Ok(Action::Bench(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

@@ -9,6 +9,7 @@ use bridge::{Export, LocalFuture};
 
 use crate::attach::LoopDoor;
 use crate::cli::{DoorArgs, ExportArg};
+use crate::control::Watch;
 use crate::fuse::{self, FuseDoor};
 use crate::net::NetDoor;
 use crate::systemd::PassedSocket;
@@ -17,6 +18,9 @@ use crate::systemd::PassedSocket;
 pub(crate) trait Door {
     /// What a person or a script connects to, a line each.
     fn lines(&self) -> Vec<String>;
+
+    /// What the control socket tells of it. Asked once, when the door is open.
+    fn watch(&self) -> Watch;
 
     /// Serves until the door ends by itself. Cancel-safe.
     fn serve(&self) -> LocalFuture<'_, ()>;

@@ -4,7 +4,9 @@ mod allocator;
 mod assemble;
 mod attach;
 mod attachment;
+mod bench;
 mod cli;
+mod control;
 mod daemon;
 mod detach;
 mod devices;
@@ -15,7 +17,6 @@ mod net;
 mod serve;
 mod size;
 mod systemd;
-mod uri;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,8 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Detach(args) => detach::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
+        Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

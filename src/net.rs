@@ -12,10 +12,12 @@
 //! The bytes on the wire are `nbd-proto`'s business, what a request does is `bridge`'s.
 
 mod arena;
+mod clients;
 mod connection;
 mod directory;
 mod door;
 mod input;
+mod linger;
 mod listener;
 mod output;
 mod pass;
@@ -27,7 +29,6 @@ mod slow;
 mod socket;
 mod translate;
 mod write;
-mod zero;
 
 pub(crate) use door::NetDoor;
 pub(crate) use server::Settings;

@@ -24,7 +24,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::{DoorArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
-use crate::{assemble, io_flusher, systemd};
+use crate::{assemble, control, io_flusher, systemd};
 
 /// Serves until told to stop.
 ///
@@ -55,10 +55,14 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
     let status = runtime.block_on(async {
         let mut site = Site { exports: &exports, args: &args.exports, workers: &workers, process, passed };
         let mut doors = Vec::new();
-        for door in &args.doors {
+        // The kernel's caches behind one door do not hear of what is written through another.
+        let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();
+        for (n, door) in args.doors.iter().enumerate() {
+            site.exports = if n == 0 || args.multi_writer { &exports } else { &views };
             doors.push(door::open(door, &mut site).await?);
         }
         let mut stop = Stop::new()?;
+        let control = control::Control::start(control_site(args, &exports, &doors, &workers));
         let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
         ready.announce(&lines)?;
         // Without systemd there is nobody to tell.
@@ -72,6 +76,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
                 false
             }
         };
+        drop(control);
         anyhow::Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
@@ -89,6 +94,18 @@ fn take_sockets(doors: &[DoorArgs]) -> Result<Vec<systemd::PassedSocket>> {
         return Err(UsageError::new(message).into());
     }
     Ok(passed)
+}
+
+/// What the control socket tells of.
+fn control_site(
+    args: &ServeArgs,
+    exports: &[Arc<Export>],
+    doors: &[Box<dyn Door>],
+    workers: &Arc<Workers>,
+) -> control::Site {
+    let sources = args.exports.iter().map(|export| export.source.global());
+    let exports = exports.iter().cloned().zip(sources).collect();
+    control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
 }
 
 /// Serves until a door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.

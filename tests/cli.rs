@@ -45,7 +45,15 @@ fn usage_errors_are_one_line_and_exit_2() {
         (&["net", "a", "--handshake-limit", "soon"], "not a time"),
         (&["net", "a", "--memory-budget", "1M"], "at least 128 MiB"),
         (&["net", "a", "-f", "qcow2"], "qemu-img convert -O raw"),
-        (&["net", "a", "--detect-zeroes", "unmap"], "only off"),
+        (&["net", "a", "--detect-zeroes", "some"], "possible values: off, on, unmap"),
+        (&["net", "a", "--detect-zeroes", "unmap", "--discard", "ignore"], "needs --discard unmap"),
+        (&["net", "a", "-P", "1", "-o", "1"], "--partition"),
+        (&["net", "a", "-s", "-r"], "--snapshot"),
+        (&["net", "--export", "a=b", "--export", "c=d", "--overlay", "e"], "use --snapshot"),
+        (&["net", "mem:1M", "--throttle", "export=x,iops-total=1"], "no export is named `x`"),
+        (&["net", "mem:1M", "--overlay", "x"], "and mem:1048576 cannot"),
+        (&["net", "mem:1M", "-o", "2M"], "past the end"),
+        (&["net", "mem:1M", "-o", "1K", "--size", "1M"], "past the end"),
         (&["net", "a", "-n", "--cache", "none"], "--nocache"),
         (&["net", "--export", "a"], "NAME=SOURCE"),
         (&["net", "a", "--export", "=b"], "two exports"),
@@ -77,7 +85,18 @@ fn a_log_filter_that_makes_no_sense() {
 #[test]
 fn help_lists_everything() {
     let help = stdout(&["--help"]);
-    for word in ["net", "create", "completions", "--version", "nbdbridge net disk.img"] {
+    for word in [
+        "net",
+        "create",
+        "bench",
+        "ps",
+        "stats",
+        "throttle",
+        "resize",
+        "completions",
+        "--version",
+        "nbdbridge net disk.img",
+    ] {
         assert!(help.contains(word), "{word}");
     }
     let help = stdout(&["net", "--help"]);
@@ -91,6 +110,12 @@ fn help_lists_everything() {
         "-f, --format",
         "-r, --read-only",
         "-o, --offset",
+        "--size",
+        "-P, --partition",
+        "-s, --snapshot",
+        "--overlay",
+        "--detect-zeroes",
+        "-A, --allocation-depth",
         "-t, --persistent",
         "--once",
         "--fork",
@@ -237,13 +262,11 @@ fn check_foreign_flag(flag: &str, takes_value: bool) {
 fn flags_we_do_not_have_point_to_our_way() {
     for (args, words) in [
         (&["-c", "/dev/nbd0", "x"][..], "nbd-client"),
-        (&["-d", "/dev/nbd0"], "nbd-client -d"),
-        (&["-L"], "nbdinfo --list"),
-        (&["-s", "x"], "qemu-nbd"),
+        (&["-c", "/dev/nbd0", "x"], "nbdbridge ublk"),
+        (&["-d", "/dev/nbd0"], "nbdbridge detach"),
+        (&["-L"], "nbdbridge info URI"),
         (&["-l", "snap", "x"], "qemu-img convert"),
-        (&["-B", "bitmap", "x"], "qemu-nbd"),
-        (&["-A", "x"], "qemu-nbd"),
-        (&["-P", "1", "x"], "--offset"),
+        (&["-B", "bitmap", "x"], "qemu-nbd -B"),
         (&["-T", "nbd_*", "x"], "NBDBRIDGE_LOG"),
         (&["--image-opts", "driver=raw"], "file:PATH"),
         (&["--object", "secret,id=s", "--tls-creds", "s", "x"], "--throttle"),

@@ -8,10 +8,9 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command as Program;
 
 use nbd_proto::{Command, CommandFlags, NbdError, OptionCode, ReplyStyle};
-use support::{Client, NO_FLAGS, Negotiation, Random, STYLES, Server, go_data, text};
+use support::{Client, Loop, NO_FLAGS, Negotiation, Random, STYLES, Server, go_data, text};
 
 /// The minimum block that the server demands.
 fn min_block(negotiation: &mut Negotiation) -> u64 {
@@ -181,27 +180,10 @@ fn empty_images() {
     }
 }
 
-/// A loop device, until it is dropped.
-struct Loop(String);
-
-impl Loop {
-    fn new(path: &Path) -> Option<Loop> {
-        let output = Program::new("losetup").args(["-f", "--show"]).arg(path).output().ok()?;
-        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-        (output.status.success() && Path::new(&name).exists()).then_some(Loop(name))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Program::new("losetup").args(["-d", &self.0]).status();
-    }
-}
-
 #[test]
 fn a_block_device() {
     let (_folder, path, content) = image("/var/tmp", 4 << 20);
-    let Some(device) = Loop::new(&path) else {
+    let Some(device) = Loop::new(&path, &[]) else {
         eprintln!("SKIP: a_block_device: no loop devices here");
         return;
     };

@@ -13,7 +13,7 @@ use std::future::{Future, ready};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::{Buffer, Error, ErrorKind, Extent, Flags, Geometry, Result};
+use crate::{Buffer, Depth, Error, ErrorKind, Extent, Flags, Geometry, Result};
 
 pub mod crash;
 pub mod file;
@@ -75,6 +75,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Describes the range from its start: at least one extent; together no longer than `len`, and shorter where
     /// the list would become too long. With `Flags::REQ_ONE` one extent is enough.
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>>;
+
+    /// Tells how deep in a chain of overlays the bytes of a range lie, as `block_status` tells what they are. A source
+    /// that has nothing below it holds all of its bytes itself, holes too; who owns another one must pass this on.
+    fn allocation_depth(&self, _offset: u64, len: u64, _flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        Box::pin(ready(Ok(vec![Depth { len, level: 1 }])))
+    }
 
     /// Makes the source `size` bytes long, more than it is; what is new reads as zeroes. When this returns, `geometry`
     /// tells the new size, with a higher version. Called once at a time. Refused without `Capabilities::GROW`.

@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use tokio::sync::{Mutex, watch};
 
+use crate::layer::{ReadOnly, Throttle, ThrottleHandle};
 use crate::stats::Stats;
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
     Request, Result,
 };
 
@@ -37,8 +38,9 @@ pub enum Reply {
 pub struct Export {
     name: String,
     description: Option<String>,
-    backend: Box<dyn Backend>,
+    backend: Arc<dyn Backend>,
     stats: Stats,
+    throttle: Option<ThrottleHandle>,
     /// Held while the size changes.
     resizing: Mutex<()>,
     size: watch::Sender<u64>,
@@ -47,13 +49,37 @@ pub struct Export {
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
+        Export::of(name.into(), description, Arc::from(backend), None)
+    }
+
+    /// An export whose limits can be changed while it is served: see [`Export::throttle`].
+    pub fn throttled(name: impl Into<String>, description: Option<String>, stack: Throttle) -> Arc<Self> {
+        let throttle = Some(stack.handle());
+        Export::of(name.into(), description, Arc::new(stack), throttle)
+    }
+
+    fn of(
+        name: String,
+        description: Option<String>,
+        backend: Arc<dyn Backend>,
+        throttle: Option<ThrottleHandle>,
+    ) -> Arc<Self> {
+        let size = watch::Sender::new(backend.geometry().size);
+        let (stats, resizing) = (Stats::new(), Mutex::new(()));
+        Arc::new(Export { name, description, backend, stats, throttle, resizing, size })
+    }
+
+    /// The same export for a door that must not write: one name, one backend, one set of counters and limits, one
+    /// size. What is written through the other doors shows in it.
+    pub fn read_only_view(&self) -> Arc<Self> {
         Arc::new(Export {
-            name: name.into(),
-            description,
-            size: watch::Sender::new(backend.geometry().size),
-            backend,
-            stats: Stats::new(),
+            name: self.name.clone(),
+            description: self.description.clone(),
+            backend: Arc::new(ReadOnly::over(self.backend.clone())),
+            stats: self.stats.clone(),
+            throttle: self.throttle.clone(),
             resizing: Mutex::new(()),
+            size: self.size.clone(),
         })
     }
 
@@ -75,6 +101,11 @@ impl Export {
     /// The counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// What changes its limits; None where it was made without.
+    pub fn throttle(&self) -> Option<&ThrottleHandle> {
+        self.throttle.as_ref()
     }
 
     /// Executes a read or write now, or declines with None: then [`Export::execute`] is the way. `arrived` is
@@ -123,6 +154,18 @@ impl Export {
     /// request's length; for others None.
     pub async fn execute(&self, request: Request, data: Option<Buffer>, arrived: Instant) -> Result<Reply> {
         let result = self.dispatch(request, data).await;
+        self.record(&request, result.is_ok(), arrived);
+        result
+    }
+
+    /// Block status of another kind: how deep in a chain of overlays the range lies, see [`Backend::allocation_depth`].
+    /// Counts as a block status; where one has been counted already, give `Flags::CONTINUED`.
+    pub async fn allocation_depth(&self, request: Request, arrived: Instant) -> Result<Vec<Depth>> {
+        debug_assert_eq!(request.operation, Operation::BlockStatus);
+        let result = match self.check(&request) {
+            Ok(()) => self.backend.allocation_depth(request.offset, request.len, request.flags).await,
+            Err(error) => Err(error),
+        };
         self.record(&request, result.is_ok(), arrived);
         result
     }
@@ -294,4 +337,49 @@ fn check_alignment(request: &Request, geometry: &Geometry) -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidInput, "the range is not a multiple of the minimum block"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::memory::MemoryBackend;
+    use crate::layer::ThrottleConfig;
+
+    fn call(export: &Export, operation: Operation, data: Data<'_>) -> Result<()> {
+        let len = match &data {
+            Data::Into(buf) => buf.len(),
+            Data::From(data) => data.len(),
+        };
+        let request = Request { operation, offset: 0, len: len as u64, flags: Flags::NONE };
+        export.try_execute(&request, data, Instant::now()).expect("memory never declines")
+    }
+
+    #[test]
+    fn a_read_only_view_shares_all_but_the_right_to_write() {
+        let config = "iops-total=1000000".parse::<ThrottleConfig>().unwrap();
+        let stack = Throttle::new(Box::new(MemoryBackend::new(4096)), config).unwrap();
+        let export = Export::throttled("disk", Some("words".to_owned()), stack);
+        let view = export.read_only_view();
+        assert_eq!((view.name(), view.description()), ("disk", Some("words")));
+        assert!(view.geometry().read_only() && !export.geometry().read_only());
+        let refusal = call(&view, Operation::Write, Data::From(&[1; 512])).unwrap_err();
+        assert_eq!(refusal.kind(), ErrorKind::ReadOnly);
+        call(&export, Operation::Write, Data::From(&[7; 512])).unwrap();
+        let mut seen = [0; 512];
+        call(&view, Operation::Read, Data::Into(&mut seen)).unwrap();
+        assert_eq!(seen, [7; 512]);
+        let counts = |export: &Export| {
+            let [read, write] = [Operation::Read, Operation::Write].map(|which| export.stats().of(which));
+            (read.count, write.count, write.errors)
+        };
+        assert_eq!(counts(&export), (1, 2, 1));
+        assert_eq!(counts(&view), (1, 2, 1));
+        let sizes = view.watch_size();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(export.resize(8192)).unwrap();
+        assert_eq!((*sizes.borrow(), view.geometry().size), (8192, 8192));
+        assert_eq!(runtime.block_on(view.resize(16_384)).unwrap_err().kind(), ErrorKind::ReadOnly);
+        view.throttle().unwrap().set(ThrottleConfig::default()).unwrap();
+        assert_eq!(export.throttle().unwrap().config(), ThrottleConfig::default());
+    }
 }

@@ -20,6 +20,15 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
+/// A run of bytes that lie at one level of a chain of overlays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Length in bytes, at least 1.
+    pub len: u64,
+    /// 1 for the source itself, one more for each overlay above what holds the bytes; 0 where nothing does.
+    pub level: u32,
+}
+
 /// Most extents that one block-status request answers with.
 pub const MAX_EXTENTS: usize = 4096;
 
@@ -31,5 +40,14 @@ pub fn push_extent(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
     match extents.last_mut() {
         Some(last) if last.kind == kind => last.len += len,
         _ => extents.push(Extent { len, kind }),
+    }
+}
+
+/// Appends a run, joining it with the last one where the levels agree.
+pub fn push_depth(depths: &mut Vec<Depth>, len: u64, level: u32) {
+    match depths.last_mut() {
+        _ if len == 0 => {}
+        Some(last) if last.level == level => last.len += len,
+        _ => depths.push(Depth { len, level }),
     }
 }

@@ -3,6 +3,7 @@
 //! Counters are kept per worker and added up when somebody looks, so that workers do not fight over a cache line.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ pub const LATENCY_BUCKETS: usize = 24;
 /// Shards; threads beyond this number share.
 const SHARDS: usize = 16;
 
-/// The live counters of an export.
+/// The live counters of an export; clones are the same counters.
+#[derive(Clone)]
 pub struct Stats {
-    shards: Box<[Shard]>,
+    shards: Arc<[Shard]>,
 }
 
 /// One operation's figures, added up.
@@ -62,7 +64,7 @@ impl Stats {
     /// One operation's figures up to now.
     pub fn of(&self, operation: Operation) -> OperationStats {
         let mut sum = OperationStats::default();
-        for shard in &self.shards {
+        for shard in self.shards.iter() {
             let cell = &shard.cells[operation as usize];
             sum.count += cell.count.load(Relaxed);
             sum.bytes += cell.bytes.load(Relaxed);

@@ -12,28 +12,90 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use bridge::backend::crash::{CrashBackend, CrashHandle, SECTOR_BYTES};
+use bridge::backend::memory::MemoryBackend;
+use bridge::layer::overlay::{self, BootId, Overlay};
 use bridge::random::Random;
 use bridge::{Backend, Export, Flags};
 
 use support::disk::PATHS;
-use support::stacks::{fault, throttle};
+use support::stacks::{fault, memory, throttle};
 use support::{Disk, Kind, run, seed};
 
 const TASKS: u64 = 32;
 const SECTORS_PER_TASK: u64 = 48;
 const STEPS_PER_TASK: usize = 60;
 
-type Wrap = fn(Box<dyn Backend>) -> Box<dyn Backend>;
+const DISK_BYTES: u64 = TASKS * SECTORS_PER_TASK * SECTOR_BYTES as u64;
 
 /// What stands between the requests and the disk that crashes.
+struct Stack {
+    name: &'static str,
+    /// What the disk that crashes holds at first.
+    image: fn() -> Vec<u8>,
+    wrap: fn(Box<dyn Backend>) -> Box<dyn Backend>,
+    /// What is seen through the stack of what a crash left: of the host, which boots anew, or of the process.
+    view: fn(Vec<u8>, Crash) -> Vec<u8>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Crash {
+    Host,
+    Process,
+}
+
+const fn plain(name: &'static str, wrap: fn(Box<dyn Backend>) -> Box<dyn Backend>) -> Stack {
+    Stack { name, image: || vec![0; usize::try_from(DISK_BYTES).unwrap()], wrap, view: |image, _| image }
+}
+
+const fn over(name: &'static str, wrap: fn(Box<dyn Backend>) -> Box<dyn Backend>) -> Stack {
+    Stack { name, image: new_overlay, wrap, view: through_overlay }
+}
+
 #[rustfmt::skip]
-const STACKS: &[(&str, Wrap)] = &[
-    ("the disk alone", |disk| disk),
-    ("throttle, often full", |disk| throttle(disk, "iops-total=20000")),
-    ("throttle, idle", |disk| throttle(disk, "")),
-    ("fault, late", |disk| fault(disk, "seed=3,delay-ms=1,delay-rate=0.1")),
-    ("fault over throttle", |disk| fault(throttle(disk, "bps-write=500M"), "seed=3,delay-ms=1,delay-rate=0.1,op=flush")),
+const STACKS: &[Stack] = &[
+    plain("the disk alone", |disk| disk),
+    plain("throttle, often full", |disk| throttle(disk, "iops-total=20000")),
+    plain("throttle, idle", |disk| throttle(disk, "")),
+    plain("fault, late", |disk| fault(disk, "seed=3,delay-ms=1,delay-rate=0.1")),
+    plain("fault over throttle", |disk| fault(throttle(disk, "bps-write=500M"), "seed=3,delay-ms=1,delay-rate=0.1,op=flush")),
+    over("kept overlay", |disk| Box::new(open_overlay(disk, BOOTS[0]))),
+    over("fault over kept overlay", |disk| fault(Box::new(open_overlay(disk, BOOTS[0])), "seed=5,delay-ms=1,delay-rate=0.05")),
+    over("kept overlay in a store that is late", |disk| Box::new(open_overlay(fault(disk, "seed=6,delay-ms=1,delay-rate=0.05,op=write"), BOOTS[0]))),
 ];
+
+/// Before a crash of the host, and after it.
+const BOOTS: [BootId; 2] = [[1; 16], [2; 16]];
+
+/// The file of a new overlay over a base of zeroes.
+fn new_overlay() -> Vec<u8> {
+    let len = overlay::kept_bytes(DISK_BYTES).unwrap();
+    let store = CrashBackend::new(vec![0; usize::try_from(len).unwrap()], 1);
+    let handle = store.handle();
+    let make = || run(Overlay::create(memory(DISK_BYTES), Box::new(store), "base", "raw", Some(BOOTS[0])));
+    // The caller is on a runtime already.
+    std::thread::scope(|scope| scope.spawn(|| drop(make().unwrap())).join().unwrap());
+    handle.durable()
+}
+
+fn open_overlay(store: Box<dyn Backend>, boot: BootId) -> Overlay {
+    now(Overlay::open(memory(DISK_BYTES), store, Some(boot), false)).unwrap()
+}
+
+fn through_overlay(image: Vec<u8>, crash: Crash) -> Vec<u8> {
+    let store = MemoryBackend::new(image.len() as u64);
+    store.try_write(0, &image, Flags::NONE).unwrap().unwrap();
+    let disk = open_overlay(Box::new(store), BOOTS[usize::from(crash == Crash::Host)]);
+    let bytes = bridge::Buffer::new(usize::try_from(DISK_BYTES).unwrap());
+    now(disk.read(0, bytes, Flags::NONE)).unwrap().to_vec()
+}
+
+/// The outcome of a future that waits for nothing: neither do disks in memory, nor reads of one that crashes.
+fn now<T>(future: impl Future<Output = T>) -> T {
+    match std::pin::pin!(future).poll(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
+        std::task::Poll::Ready(value) => value,
+        std::task::Poll::Pending => panic!("it waits"),
+    }
+}
 
 #[derive(Clone)]
 struct Sector {
@@ -46,6 +108,7 @@ struct Sector {
 }
 
 struct Run {
+    stack: &'static Stack,
     disk: Disk,
     handle: CrashHandle,
     sectors: RefCell<Vec<Sector>>,
@@ -55,13 +118,14 @@ struct Run {
 }
 
 impl Run {
-    fn new(wrap: Wrap, seed: u64, skips_flushes: bool) -> Rc<Self> {
+    fn new(stack: &'static Stack, seed: u64, skips_flushes: bool) -> Rc<Self> {
         let count = usize::try_from(TASKS * SECTORS_PER_TASK).unwrap();
-        let crash = CrashBackend::new(vec![0; count * SECTOR_BYTES], seed);
+        let crash = CrashBackend::new((stack.image)(), seed);
         let handle = crash.handle();
-        let export = Export::new("crash", None, wrap(Box::new(crash)));
+        let export = Export::new("crash", None, (stack.wrap)(Box::new(crash)));
         let sector = Sector { stamps: vec![0], answered: 1, oldest: 0 };
         Rc::new(Run {
+            stack,
             disk: Disk { export, kind: Kind::Stores },
             handle,
             sectors: RefCell::new(vec![sector; count]),
@@ -111,23 +175,29 @@ impl Run {
         }
     }
 
-    /// Crashes, and counts the sectors that hold what they must not.
+    /// Crashes, and counts the sectors that hold what they must not: after a crash of the host something older than
+    /// what was flushed, after one of the process something older than what was answered.
     fn violations(&self, seed: u64) -> usize {
-        let image = self.handle.crash(seed);
         let sectors = self.sectors.borrow();
-        let wrong = |(bytes, sector): &(&[u8], &Sector)| {
-            let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-            // All parts are alike where each is as the one after it.
-            let torn = bytes[..SECTOR_BYTES - 8] != bytes[8..];
-            torn || !sector.stamps[sector.oldest..].contains(&stamp)
+        let wrong = |crash: Crash, image: Vec<u8>| {
+            let image = (self.stack.view)(image, crash);
+            let wrong = |(bytes, sector): &(&[u8], &Sector)| {
+                let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                let oldest = if crash == Crash::Host { sector.oldest } else { sector.answered - 1 };
+                // All parts are alike where each is as the one after it.
+                let torn = bytes[..SECTOR_BYTES - 8] != bytes[8..];
+                torn || !sector.stamps[oldest..].contains(&stamp)
+            };
+            image.chunks(SECTOR_BYTES).zip(sectors.iter()).filter(wrong).count()
         };
-        image.chunks(SECTOR_BYTES).zip(sectors.iter()).filter(wrong).count()
+        let host = wrong(Crash::Host, self.handle.crash(seed));
+        host + wrong(Crash::Process, self.handle.volatile())
     }
 }
 
 /// Runs all tasks, crashing (in thought) again and again, and returns the violations.
-async fn exercise(wrap: Wrap, seed: u64, skips_flushes: bool) -> usize {
-    let run = Run::new(wrap, seed, skips_flushes);
+async fn exercise(stack: &'static Stack, seed: u64, skips_flushes: bool) -> usize {
+    let run = Run::new(stack, seed, skips_flushes);
     let violations = Rc::new(Cell::new(0));
     let tasks: Vec<_> = (0..TASKS)
         .map(|n| {
@@ -149,7 +219,9 @@ async fn exercise(wrap: Wrap, seed: u64, skips_flushes: bool) -> usize {
     }
     run.flush().await;
     if !skips_flushes {
-        assert_eq!(run.handle.crash(seed), run.handle.volatile(), "after a last flush nothing is at risk");
+        let [crash, now] =
+            [run.handle.crash(seed), run.handle.volatile()].map(|image| (stack.view)(image, Crash::Host));
+        assert!(crash == now, "after a last flush nothing is at risk");
     }
     violations.get() + run.violations(seed)
 }
@@ -157,10 +229,11 @@ async fn exercise(wrap: Wrap, seed: u64, skips_flushes: bool) -> usize {
 #[test]
 fn nothing_flushed_or_written_with_fua_is_lost() {
     let seed = seed();
-    for (name, wrap) in STACKS {
+    for stack in STACKS {
+        let name = stack.name;
         println!("stack: {name}");
         for round in 0..4 {
-            assert_eq!(run(exercise(*wrap, seed * 10 + round, false)), 0, "{name}, round {round}");
+            assert_eq!(run(exercise(stack, seed * 10 + round, false)), 0, "{name}, round {round}");
         }
     }
 }
@@ -168,7 +241,7 @@ fn nothing_flushed_or_written_with_fua_is_lost() {
 #[test]
 fn a_flush_that_did_not_happen_is_noticed() {
     let seed = seed();
-    for (name, wrap) in STACKS {
-        assert!(run(exercise(*wrap, seed, true)) > 0, "{name}");
+    for stack in STACKS {
+        assert!(run(exercise(stack, seed, true)) > 0, "{}", stack.name);
     }
 }

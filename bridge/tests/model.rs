@@ -30,7 +30,7 @@ struct Model {
 
 impl Model {
     async fn new(disk: Disk, start: u64, len: u64, seed: u64) -> Self {
-        let bytes = vec![0; usize::try_from(len).unwrap()];
+        let bytes = disk.read(PATHS[1], start, usize::try_from(len).unwrap()).await.unwrap();
         Model { disk, start, bytes, random: Random::new(seed) }
     }
 

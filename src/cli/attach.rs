@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
+use super::also::{AlsoNet, Writers};
 use super::process::ProcessFlags;
-use super::source::{ExportArg, SourceFlags};
+use super::source::SourceFlags;
 use super::values::{self, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 
@@ -34,6 +35,12 @@ pub(super) struct AttachCommand {
     foreground: bool,
 
     #[command(flatten)]
+    also: AlsoNet,
+
+    #[command(flatten)]
+    writers: Writers,
+
+    #[command(flatten)]
     image: SourceFlags,
 
     #[command(flatten)]
@@ -43,13 +50,15 @@ pub(super) struct AttachCommand {
 impl AttachCommand {
     /// Checks what clap cannot, and makes the typed values.
     pub(super) fn into_args(self) -> Result<ServeArgs, UsageError> {
-        let exports = vec![ExportArg { name: String::new(), description: None, source: self.source }];
+        let exports = vec![self.also.name(self.source)];
         let mut process = self.process.into_args();
         process.fork = !self.foreground;
+        let device = DoorArgs::Loop(LoopArgs { threads: None });
         Ok(ServeArgs {
             source: self.image.into_args(&exports)?,
             exports,
-            doors: vec![DoorArgs::Loop(LoopArgs { threads: None })],
+            doors: std::iter::once(device).chain(self.also.into_door()?).collect(),
+            multi_writer: self.writers.multi_writer,
             process,
         })
     }

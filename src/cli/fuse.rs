@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
+use super::also::{AlsoNet, Writers};
 use super::process::ProcessFlags;
-use super::source::{ExportArg, SourceFlags};
+use super::source::SourceFlags;
 use super::values::{self, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 
@@ -19,8 +20,6 @@ pub(crate) struct FuseArgs {
     pub(crate) allow_other: bool,
     /// A write past the end makes the source longer.
     pub(crate) growable: bool,
-    /// Nobody may change anything through it; the source may say so, too.
-    pub(crate) read_only: bool,
     /// Threads that answer the kernel; None for as many as do well.
     pub(crate) threads: Option<usize>,
 }
@@ -44,6 +43,12 @@ pub(super) struct FuseCommand {
 
     #[command(flatten)]
     fuse: FuseFlags,
+
+    #[command(flatten)]
+    also: AlsoNet,
+
+    #[command(flatten)]
+    writers: Writers,
 
     #[command(flatten)]
     image: SourceFlags,
@@ -72,18 +77,18 @@ struct FuseFlags {
 impl FuseCommand {
     /// Checks what clap cannot, and makes the typed values.
     pub(super) fn into_args(self) -> Result<ServeArgs, UsageError> {
-        let exports = vec![ExportArg { name: String::new(), description: None, source: self.source }];
+        let exports = vec![self.also.name(self.source)];
         let door = FuseArgs {
             file: self.file,
             allow_other: self.fuse.allow_other,
             growable: self.fuse.growable,
-            read_only: false,
             threads: self.fuse.threads.map(usize::from),
         };
         Ok(ServeArgs {
             source: self.image.into_args(&exports)?,
             exports,
-            doors: vec![DoorArgs::Fuse(door)],
+            doors: std::iter::once(DoorArgs::Fuse(door)).chain(self.also.into_door()?).collect(),
+            multi_writer: self.writers.multi_writer,
             process: self.process.into_args(),
         })
     }
@@ -93,20 +98,15 @@ impl FuseCommand {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "More doors")]
 pub(super) struct AlsoFuse {
-    /// Mount SOURCE as a file, too (see `nbdbridge fuse --help`); it is read-only without --multi-writer
+    /// Mount SOURCE as a file, too (see `nbdbridge fuse --help`); it may only be read without --multi-writer
     #[arg(long, value_name = "FILE")]
     also_fuse: Option<PathBuf>,
-
-    /// More than one door may write; whoever uses them must know of each other
-    #[arg(long)]
-    multi_writer: bool,
 }
 
 impl AlsoFuse {
     /// The door, if it is wanted.
     pub(super) fn into_door(self) -> Option<DoorArgs> {
         let file = self.also_fuse?;
-        let read_only = !self.multi_writer;
-        Some(DoorArgs::Fuse(FuseArgs { file, allow_other: false, growable: false, read_only, threads: None }))
+        Some(DoorArgs::Fuse(FuseArgs { file, allow_other: false, growable: false, threads: None }))
     }
 }

@@ -7,16 +7,15 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use nbd_proto::DEFAULT_PORT;
 
+use super::also::Writers;
 use super::fuse::AlsoFuse;
 use super::process::ProcessFlags;
 use super::source::{ExportArg, SourceFlags};
 use super::values::{self, Host, Listen, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 use crate::net::Settings;
-
-/// The port that the protocol's registration names.
-pub(crate) const DEFAULT_PORT: u16 = 10809;
 
 /// What the NBD server was asked to do.
 #[derive(Debug)]
@@ -35,6 +34,8 @@ pub(crate) struct NetArgs {
     pub(crate) memory_budget: u64,
     /// How long a client may leave an answer unread; not zero.
     pub(crate) send_timeout: Duration,
+    /// Offer `qemu:allocation-depth`.
+    pub(crate) allocation_depth: bool,
 }
 
 impl NetArgs {
@@ -77,6 +78,9 @@ pub(super) struct NetCommand {
     also: AlsoFuse,
 
     #[command(flatten)]
+    writers: Writers,
+
+    #[command(flatten)]
     image: SourceFlags,
 
     #[command(flatten)]
@@ -111,6 +115,7 @@ impl NetCommand {
             source: self.image.into_args(&exports)?,
             exports,
             doors: std::iter::once(DoorArgs::Net(net.into_args())).chain(self.also.into_door()).collect(),
+            multi_writer: self.writers.multi_writer,
             process: self.process.into_args(),
         })
     }
@@ -153,6 +158,10 @@ pub(super) struct NetFlags {
     #[arg(long)]
     once: bool,
 
+    /// Offer clients the context qemu:allocation-depth: which layer of an overlay holds what
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
+
     /// Time for a client's handshake; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = values::parse_duration)]
     handshake_limit: Duration,
@@ -192,6 +201,7 @@ impl NetFlags {
             max_in_flight: self.max_in_flight,
             memory_budget: self.memory_budget,
             send_timeout: self.send_timeout,
+            allocation_depth: self.allocation_depth,
         }
     }
 }

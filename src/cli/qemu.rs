@@ -15,30 +15,27 @@ const TLS: &str =
 
 /// As `qemu-nbd --help` lists them (10.0), and `--partition` of older versions.
 const FOREIGN: &[Foreign] = &[
-    flag(
-        'A',
-        "allocation-depth",
-        "not in this version; qemu-nbd has it, and qemu-img map shows it for a local image",
+    value(
+        'B',
+        "bitmap",
+        "dirty bitmaps are kept in qcow2 images, and only qemu knows them: qemu-nbd -B NAME -f qcow2 IMAGE",
     ),
-    value('B', "bitmap", "dirty bitmaps are not in this version; use qemu-nbd"),
     value(
         'c',
         "connect",
-        "`nbdbridge ublk` is planned, not in this version; serve with -k SOCKET, then nbd-client -unix SOCKET DEV",
+        "a kernel device is made by `nbdbridge ublk`; for this one serve with -k SOCKET, then nbd-client -unix SOCKET DEV",
     ),
-    flag('d', "disconnect", "we attach no kernel device in this version; nbd-client -d DEV lets go of one"),
-    flag('L', "list", "not in this version; nbdinfo --list URI shows a server's exports"),
+    flag(
+        'd',
+        "disconnect",
+        "`nbdbridge detach` lets go of our devices; nbd-client -d DEV of one that nbd-client attached",
+    ),
+    flag('L', "list", "`nbdbridge info URI` shows what a server has, and so does nbdinfo --list URI"),
     value(
         'l',
         "load-snapshot",
-        "snapshots inside an image are not in this version; qemu-img convert -l SNAPSHOT -O raw makes an image of one",
+        "snapshots inside an image are not served; qemu-img convert -l SNAPSHOT -O raw makes an image of one",
     ),
-    value(
-        'P',
-        "partition",
-        "not in this version; find the start with fdisk -l and give it to --offset, or use nbdkit's partition filter",
-    ),
-    flag('s', "snapshot", "not in this version; qemu-nbd has it, or serve a copy (cp --reflink=auto)"),
     value(
         'T',
         "trace",

@@ -1,9 +1,11 @@
 //! How sources are opened and what is laid over them: the options that every door has.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::UsageError;
-use super::values::{self, AioMode, CacheMode, DiscardMode, Format, Source};
+use super::values::{self, AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Source};
 use crate::size;
 
 /// How sources are opened. Holds for every export of the process.
@@ -13,22 +15,49 @@ pub(crate) struct SourceArgs {
     pub(crate) format: Format,
     /// Nobody may change anything.
     pub(crate) read_only: bool,
-    /// The first byte that is served.
-    pub(crate) offset: u64,
+    /// Where changes go instead of the image.
+    pub(crate) overlay: Option<OverlayArg>,
+    /// What of the image is served; None for all of it.
+    pub(crate) part: Option<Part>,
+    /// What becomes of written zeroes.
+    pub(crate) detect_zeroes: DetectZeroes,
     /// How images are opened.
     pub(crate) cache: CacheMode,
     /// What carries requests that would wait.
     pub(crate) aio: AioMode,
     /// What a trim does.
     pub(crate) discard: DiscardMode,
-    /// `KEY=VALUE,...`, not looked into here.
-    pub(crate) throttle: Option<String>,
+    /// Each `KEY=VALUE,...`, not looked into here.
+    pub(crate) throttles: Vec<String>,
     /// Rules of what goes wrong, each `KEY=VALUE,...`, not looked into here.
     pub(crate) faults: Vec<String>,
     /// Size of an image that is made where the path of an export leads nowhere.
     pub(crate) create: Option<u64>,
     /// Take qemu's locks on images.
     pub(crate) lock: bool,
+}
+
+/// An overlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum OverlayArg {
+    /// Gone at the end.
+    Temporary,
+    /// A file that is made, or opened again.
+    Keep(PathBuf),
+}
+
+/// A part of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// So many bytes from an offset on, or all that follow.
+    Range {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        size: Option<u64>,
+    },
+    /// The partition of this number.
+    Partition(u32),
 }
 
 /// One export.
@@ -55,12 +84,31 @@ pub(super) struct SourceFlags {
     #[arg(short, long)]
     read_only: bool,
 
+    /// Leave the image alone: changes go to a temporary file, which is gone at the end
+    ///
+    /// It is made in $TMPDIR, or else in /var/tmp.
+    #[arg(short, long, conflicts_with = "read_only")]
+    snapshot: bool,
+
+    /// Leave the image alone: changes go to FILE, a qcow2 image over it, which is made or used again
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["snapshot", "create"])]
+    overlay: Option<PathBuf>,
+
+    /// Serve this partition of the image (GPT or MBR, logical ones from 5 on)
+    #[arg(short = 'P', long, value_name = "N", conflicts_with_all = ["offset", "size"],
+          value_parser = clap::value_parser!(u32).range(1..))]
+    partition: Option<u32>,
+
     /// Serve from this byte of the image on
-    #[arg(short, long, value_name = "BYTES", default_value = "0", value_parser = size::parse)]
-    offset: u64,
+    #[arg(short, long, value_name = "BYTES", value_parser = size::parse)]
+    offset: Option<u64>,
+
+    /// Serve so many bytes of the image [default: all from --offset on]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    size: Option<u64>,
 
     /// Make a raw image of this size where the path leads nowhere; one that exists is served as it is
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "snapshot")]
     create: Option<u64>,
 
     /// How the image is opened, and when a write is answered
@@ -79,12 +127,15 @@ pub(super) struct SourceFlags {
     #[arg(long, value_name = "MODE", default_value = "unmap")]
     discard: DiscardMode,
 
-    /// Accepted for qemu-nbd's sake: only off
-    #[arg(long, value_name = "MODE", value_parser = values::parse_detect_zeroes, hide = true)]
-    detect_zeroes: Option<()>,
+    /// What becomes of a write that is all zeroes
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    detect_zeroes: DetectZeroes,
 
     /// Limit what clients do, as in iops-total=1000,bps-read=50M; qemu's key names
-    #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',')]
+    ///
+    /// Repeat it. Each export has these limits for itself; with export=NAME among the keys only that one, and
+    /// with group=NAME the exports of the group share them: all, or those that export=NAME names.
+    #[arg(long, value_name = "KEY=VALUE,...")]
     throttle: Vec<String>,
 
     /// Make requests fail, come late or hang, to test clients: op=read,delay-ms=50,error-rate=0.01,seed=7
@@ -106,14 +157,28 @@ impl SourceFlags {
         if self.create.is_some() && !exports.iter().any(on_disk) {
             return Err(UsageError::new("--create makes an image at a path, and no path was given"));
         }
+        if let (Some(_), [_, _, ..]) = (&self.overlay, exports) {
+            let message = "--overlay FILE belongs to one image; serve one, or use --snapshot";
+            return Err(UsageError::new(message));
+        }
+        if self.detect_zeroes == DetectZeroes::Unmap && self.discard == DiscardMode::Ignore {
+            return Err(UsageError::new(
+                "--detect-zeroes unmap needs --discard unmap; or detect them with `on`",
+            ));
+        }
+        let range = (self.offset.is_some() || self.size.is_some())
+            .then(|| Part::Range { offset: self.offset.unwrap_or(0), size: self.size });
+        let temporary = self.snapshot.then_some(OverlayArg::Temporary);
         Ok(SourceArgs {
             format: self.format,
             read_only: self.read_only,
-            offset: self.offset,
+            overlay: self.overlay.map(OverlayArg::Keep).or(temporary),
+            part: self.partition.map(Part::Partition).or(range),
+            detect_zeroes: self.detect_zeroes,
             cache: if self.nocache { CacheMode::None } else { self.cache },
             aio: self.aio,
             discard: self.discard,
-            throttle: (!self.throttle.is_empty()).then(|| self.throttle.join(",")),
+            throttles: self.throttle,
             faults: self.fault,
             create: self.create,
             lock: !self.no_lock,

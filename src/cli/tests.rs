@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::values::{self, AioMode, CacheMode, DiscardMode, Host, Listen, Source};
+use super::values::{self, AioMode, CacheMode, DetectZeroes, DiscardMode, Host, Listen, Source};
 use super::*;
 
 fn serve(line: &str) -> ServeArgs {
@@ -59,7 +59,8 @@ fn one_word_is_enough() {
         (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Writeback, AioMode::Auto, DiscardMode::Unmap)
     );
-    assert_eq!((args.source.offset, args.source.create, args.source.throttle.as_deref()), (0, None, None));
+    assert_eq!((args.source.part, args.source.create, &args.source.overlay), (None, None, &None));
+    assert!(args.source.throttles.is_empty() && args.source.detect_zeroes == DetectZeroes::Off);
     assert_eq!((net.max_in_flight, net.memory_budget), (128, 256 << 20));
     assert!(args.process.workers >= 1 && net.shared.is_none() && args.source.lock);
     assert!(!args.source.read_only && !net.once && !args.process.fork && args.process.pid_file.is_none());
@@ -75,7 +76,8 @@ fn the_letters_of_qemu_nbd() {
     assert_eq!(args.exports[0].name, "name");
     assert_eq!(args.exports[0].description.as_deref(), Some("words"));
     assert_eq!(net.shared.map(u32::from), Some(5));
-    assert_eq!((args.source.offset, args.process.verbose), (1 << 20, 2));
+    assert_eq!(args.source.part, Some(Part::Range { offset: 1 << 20, size: None }));
+    assert_eq!(args.process.verbose, 2);
     assert!(args.source.read_only && args.process.fork && !net.once);
     assert_eq!(net.handshake_limit, None);
     assert_eq!(
@@ -97,7 +99,31 @@ fn the_flags_of_our_own() {
         (args.source.cache, args.source.aio, args.source.discard),
         (CacheMode::Unsafe, AioMode::Threads, DiscardMode::Unmap)
     );
-    assert_eq!(args.source.throttle.as_deref(), Some("iops-total=1,bps-read=2,iops-size=4k"));
+    assert_eq!(args.source.throttles, ["iops-total=1,bps-read=2", "iops-size=4k"]);
+}
+
+#[test]
+fn layers() {
+    let args = serve("a -s -P 5 --detect-zeroes unmap -A").source;
+    assert_eq!((args.overlay, args.part), (Some(OverlayArg::Temporary), Some(Part::Partition(5))));
+    assert_eq!(args.detect_zeroes, DetectZeroes::Unmap);
+    assert!(net("a -A").allocation_depth && !net("a").allocation_depth);
+    let args = serve("a --overlay b --size 1K --detect-zeroes on -r").source;
+    assert_eq!(args.overlay, Some(OverlayArg::Keep("b".into())));
+    assert_eq!(args.part, Some(Part::Range { offset: 0, size: Some(1024) }));
+    for line in [
+        "a -s --overlay b",
+        "a -s -r",
+        "a -s --create 1M",
+        "a --overlay b --create 1M",
+        "--export a=b --export c=d --overlay e",
+        "a -P 0",
+        "a -P 1 -o 1",
+        "a -P 1 --size 1",
+        "a --detect-zeroes unmap --discard ignore",
+    ] {
+        refused(line);
+    }
 }
 
 #[test]
@@ -175,5 +201,66 @@ fn times() {
     }
     for text in ["", "x", "-1", "1h2", "s", ".", "1e9", "99999999999999999999", "inf", "NaN"] {
         assert!(values::parse_duration(text).is_err(), "{text}");
+    }
+}
+
+fn fuse(line: &str) -> Result<ServeArgs, ExitCode> {
+    let words = ["nbdbridge", "fuse"].into_iter().chain(line.split_whitespace()).map(OsString::from);
+    match parse(words)? {
+        Action::Serve(args) => Ok(*args),
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[test]
+fn a_second_door_has_all_flags_of_the_server() {
+    let args = fuse("disk.img file").unwrap();
+    assert!(matches!(args.doors[..], [DoorArgs::Fuse(_)]) && !args.multi_writer);
+    let args = fuse("disk.img file --also-net -k s -x name -D words -e 3 --max-in-flight 5").unwrap();
+    let [DoorArgs::Fuse(_), DoorArgs::Net(net)] = &args.doors[..] else { panic!("{:?}", args.doors) };
+    assert_eq!(net.listen, [Listen::Unix("s".into())]);
+    assert_eq!((net.shared.map(u32::from), net.max_in_flight), (Some(3), 5));
+    assert_eq!(
+        (args.exports[0].name.as_str(), args.exports[0].description.as_deref()),
+        ("name", Some("words"))
+    );
+    let args = fuse("disk.img file --also-net --multi-writer").unwrap();
+    let net = args.doors[1].net().unwrap();
+    assert!(args.multi_writer && net.listen_or_default() == [local(10809)]);
+    // None of them means anything without it.
+    for flags in ["-k s", "-p 1", "-b ::1", "-x name", "-e 1", "--memory-budget 1G", "--send-timeout 5", "-t"]
+    {
+        assert!(fuse(&format!("disk.img file {flags}")).is_err(), "{flags}");
+        assert!(fuse(&format!("disk.img file {flags} --also-net")).is_ok(), "{flags}");
+    }
+    assert!(fuse("disk.img file --also-net --once").is_err());
+    assert_eq!(serve("disk.img --also-fuse f").doors.len(), 2);
+}
+
+fn ask(line: &str) -> Option<AskAction> {
+    let words = std::iter::once("nbdbridge").chain(line.split_whitespace()).map(OsString::from);
+    match parse(words) {
+        Ok(Action::Ask(action)) => Some(action),
+        _ => None,
+    }
+}
+
+#[test]
+fn what_running_servers_are_asked() {
+    assert_eq!(ask("ps"), Some(AskAction::Ps { json: false }));
+    assert_eq!(ask("stats --json"), Some(AskAction::Stats { export: None, json: true }));
+    assert_eq!(ask("stats a"), Some(AskAction::Stats { export: Some("a".into()), json: false }));
+    let throttle = |wish| Some(AskAction::Throttle { export: "a".into(), wish, json: false });
+    assert_eq!(ask("throttle a"), throttle(LimitsWish::Show));
+    assert_eq!(ask("throttle a off"), throttle(LimitsWish::Off));
+    let pairs = [("iops-total", "5"), ("bps-read", "1M"), ("x", "y=z")];
+    let pairs = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
+    assert_eq!(ask("throttle a iops-total=5,bps-read=1M x=y=z"), throttle(LimitsWish::Change(pairs)));
+    let resize = AskAction::Resize { export: "1:".into(), size: 3 << 20, json: true };
+    assert_eq!(ask("resize 1: 3M --json"), Some(resize));
+    for line in
+        ["ps x", "stats a b", "throttle", "throttle a b", "throttle a off x=1", "resize a", "resize a x"]
+    {
+        assert_eq!(ask(line), None, "{line}");
     }
 }

@@ -32,6 +32,18 @@ pub(crate) enum Source {
     Null(u64),
 }
 
+impl Source {
+    /// What it is called outside of this process: a path does not hang on our working folder.
+    pub(crate) fn global(&self) -> String {
+        match self {
+            Source::Path(path) => {
+                std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
+            }
+            source => source.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -214,14 +226,6 @@ pub(super) fn parse_format(text: &str) -> Result<Format, String> {
     }
 }
 
-/// Reads `--detect-zeroes`: off is what we do.
-pub(super) fn parse_detect_zeroes(text: &str) -> Result<(), String> {
-    match text {
-        "off" => Ok(()),
-        _ => Err("only off is in this version; use qemu-nbd, or let the client send zeroes as such".into()),
-    }
-}
-
 /// How the image is opened and when a write is answered, in qemu's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CacheMode {
@@ -258,4 +262,15 @@ pub(crate) enum DiscardMode {
     /// Nothing (`off` means the same)
     #[value(alias = "off")]
     Ignore,
+}
+
+/// What becomes of a write that is all zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DetectZeroes {
+    /// It is stored as it is
+    Off,
+    /// It becomes zeroes that keep their space
+    On,
+    /// It becomes zeroes, and gives the space back
+    Unmap,
 }

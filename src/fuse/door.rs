@@ -26,6 +26,7 @@ use super::point::{Point, unmount_path};
 use super::users;
 use crate::attachment::{Attachment, StateFile};
 use crate::cli::{FuseArgs, Source, UsageError};
+use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
 
 /// Bytes that requests which wait for storage may hold, all files of the process together.
@@ -39,6 +40,8 @@ const FIRST_LOOK: Duration = Duration::from_secs(10);
 
 /// An export as a mounted file.
 pub(crate) struct FuseDoor {
+    /// The name of what it serves.
+    export: String,
     point: Point,
     /// Turns true when the last thread has ended: the file is unmounted, and its last user gone.
     ended: watch::Receiver<bool>,
@@ -63,7 +66,7 @@ impl FuseDoor {
             "{} bytes are more than a file can have (8 EiB); serve it with `nbdbridge net`",
             geometry.size
         );
-        let read_only = geometry.read_only() || args.read_only;
+        let read_only = geometry.read_only();
         if args.growable && (read_only || !geometry.capabilities.contains(Capabilities::GROW)) {
             let why = if read_only { "is read-only" } else { "cannot grow" };
             return Err(
@@ -80,6 +83,7 @@ impl FuseDoor {
         })?;
         let attachment = Attachment::new(&source, &point.path, point.was_made(), &geometry, read_only);
         let door = FuseDoor {
+            export: export.name().to_owned(),
             ended,
             unmounted: Cell::new(false),
             drain_timeout: site.process.drain_timeout,
@@ -133,6 +137,12 @@ impl FuseDoor {
 }
 
 impl Door for FuseDoor {
+    fn watch(&self) -> Watch {
+        let at = self.point.path.display().to_string();
+        let places = vec![Place { export: self.export.clone(), at }];
+        Watch { kind: "fuse", places, clients: None }
+    }
+
     fn lines(&self) -> Vec<String> {
         vec![self.point.path.display().to_string()]
     }

@@ -8,6 +8,7 @@ use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 use bridge::{Account, Charge, Export, FileRange};
 use nbd_proto::{Negotiated, ReplyStyle, TransmissionFlags};
@@ -18,17 +19,20 @@ use super::arena::Arena;
 use super::output::{Body, Output, Segment, Sent};
 use super::server::Settings;
 use super::socket::Socket;
-use super::translate::BASE_ALLOCATION;
+use super::translate::{ALLOCATION_DEPTH, BASE_ALLOCATION};
 
 /// A connection in its transmission phase.
 pub(super) struct Connection {
+    /// Who it is, for people.
+    pub(super) peer: String,
+    pub(super) since: Instant,
     pub(super) socket: Socket,
     pub(super) export: Arc<Export>,
     pub(super) style: ReplyStyle,
     /// The transmission flags that the client was told.
     pub(super) granted: TransmissionFlags,
-    /// The id under which `base:allocation` was negotiated.
-    pub(super) allocation_context: Option<u32>,
+    /// What block status is asked about.
+    pub(super) contexts: Contexts,
     pub(super) account: Account,
     pub(super) settings: Arc<Settings>,
     /// Requests taken in and not yet answered to the last byte.
@@ -44,24 +48,42 @@ pub(super) struct Connection {
     pub(super) streaming: tokio::sync::Mutex<()>,
 }
 
+/// The ids of the metadata contexts that were negotiated.
+#[derive(Clone, Copy)]
+pub(super) struct Contexts {
+    /// Of `base:allocation`.
+    pub(super) allocation: Option<u32>,
+    /// Of `qemu:allocation-depth`.
+    pub(super) depth: Option<u32>,
+}
+
+impl Contexts {
+    /// Whether there is any.
+    pub(super) fn any(self) -> bool {
+        self.allocation.is_some() || self.depth.is_some()
+    }
+}
+
 impl Connection {
     /// The transmission phase of `socket`, as the handshake settled it.
     pub(super) fn new(
+        peer: &str,
         socket: Socket,
         export: Arc<Export>,
         negotiated: &Negotiated,
         account: Account,
         settings: Arc<Settings>,
     ) -> Rc<Self> {
-        let mut contexts = negotiated.contexts.iter();
+        let id =
+            |name| negotiated.contexts.iter().find(|context| context.name == name).map(|context| context.id);
         Rc::new(Connection {
+            peer: peer.to_owned(),
+            since: Instant::now(),
             socket,
             export,
             style: negotiated.style,
             granted: negotiated.info.flags,
-            allocation_context: contexts
-                .find(|context| context.name == BASE_ALLOCATION)
-                .map(|context| context.id),
+            contexts: Contexts { allocation: id(BASE_ALLOCATION), depth: id(ALLOCATION_DEPTH) },
             account,
             settings,
             in_flight: Cell::new(0),
@@ -277,7 +299,7 @@ impl Drop for Listed {
 }
 
 /// Calls `each` for every connection of this worker.
-pub(super) fn for_each_here(each: impl Fn(&Connection)) {
+pub(super) fn for_each_here(each: impl FnMut(&Connection)) {
     let all: Vec<_> = HERE.with_borrow(|here| here.values().filter_map(Weak::upgrade).collect());
-    all.iter().for_each(|connection| each(connection));
+    all.iter().map(Rc::as_ref).for_each(each);
 }

@@ -9,13 +9,17 @@ use super::translate;
 
 /// The exports of a server.
 #[derive(Clone)]
-pub(super) struct Exports(pub(super) Arc<[Arc<Export>]>);
+pub(super) struct Exports {
+    pub(super) list: Arc<[Arc<Export>]>,
+    /// Offer `qemu:allocation-depth`.
+    pub(super) depth: bool,
+}
 
 impl Exports {
     /// The export that a client's name leads to. "" is the export of that name, or else the only one there is.
     pub(super) fn get(&self, name: &str) -> Option<&Arc<Export>> {
-        let exact = self.0.iter().find(|export| export.name() == name);
-        match &*self.0 {
+        let exact = self.list.iter().find(|export| export.name() == name);
+        match &*self.list {
             [only] if name.is_empty() => exact.or(Some(only)),
             _ => exact,
         }
@@ -24,7 +28,7 @@ impl Exports {
 
 impl Directory for Exports {
     fn list(&self, each: &mut dyn FnMut(&str, Option<&str>)) {
-        for export in self.0.iter() {
+        for export in self.list.iter() {
             each(export.name(), export.description());
         }
     }
@@ -35,6 +39,7 @@ impl Directory for Exports {
     }
 
     fn contexts(&self, _name: &str) -> Vec<String> {
-        vec![translate::BASE_ALLOCATION.to_owned()]
+        let depth = self.depth.then_some(translate::ALLOCATION_DEPTH);
+        [translate::BASE_ALLOCATION].into_iter().chain(depth).map(str::to_owned).collect()
     }
 }

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 use bridge::{Export, LocalFuture};
+use nbd_proto::uri::Uri;
 
 use super::listener::{Listener, Local, bind};
 use super::server::{Server, Settings};
 use crate::cli::{NetArgs, ProcessArgs};
+use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
-use crate::uri;
 
 /// A client that stops for so long in the middle of a request is dropped.
 const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -51,25 +52,32 @@ impl NetDoor {
             once: args.once,
         })
     }
+
+    /// One URI for each way to each export.
+    fn places(&self) -> Vec<Place> {
+        let mut places = Vec::new();
+        for listener in self.listeners.borrow().iter() {
+            for export in &self.exports {
+                let name = export.name();
+                let at = match listener.local() {
+                    Local::Tcp(address) => Uri::tcp(address, name).to_string(),
+                    Local::Unix(path) => Uri::unix(&absolute(&path).unwrap_or(path), name).to_string(),
+                    Local::Unnamed => continue,
+                };
+                places.push(Place { export: name.to_owned(), at });
+            }
+        }
+        places
+    }
 }
 
 impl Door for NetDoor {
-    /// One URI for each way to each export.
     fn lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for listener in self.listeners.borrow().iter() {
-            for export in &self.exports {
-                match listener.local() {
-                    Local::Tcp(address) => lines.push(uri::tcp(address, export.name())),
-                    Local::Unix(path) => {
-                        let path = absolute(&path).unwrap_or(path);
-                        lines.push(uri::unix(&path, export.name()));
-                    }
-                    Local::Unnamed => {}
-                }
-            }
-        }
-        lines
+        self.places().into_iter().map(|place| place.at).collect()
+    }
+
+    fn watch(&self) -> Watch {
+        Watch { kind: "net", places: self.places(), clients: Some(Arc::new(self.server.client_list())) }
     }
 
     /// Accepts on every listener; with `once` until the last client has left.
@@ -120,5 +128,6 @@ fn settings(args: &NetArgs, process: &ProcessArgs) -> Settings {
         drain_timeout: process.drain_timeout,
         max_clients: args.shared.map(|n| usize::try_from(n.get()).unwrap_or(usize::MAX)),
         memory_budget: args.memory_budget,
+        allocation_depth: args.allocation_depth,
     }
 }

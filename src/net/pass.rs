@@ -85,8 +85,9 @@ impl Reader {
             return Ok(Step::Stop(Stop::Full));
         }
         let head = WireRequest::header_len(extended);
+        self.taken += 1;
         self.worked = wire.length.max(SMALL_WORK_BYTES);
-        let contexts = self.connection.allocation_context.is_some();
+        let contexts = self.connection.contexts.any();
         let request =
             match translate::request(&wire, self.connection.style, self.connection.granted, contexts) {
                 Asked::Disconnect => return Ok(Step::Stop(Stop::End)),

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use bridge::admission::RESERVE_BYTES;
+use bridge::zero::is_zero;
 use bridge::{Charge, Data, Flags, RangeOrHole, Request};
 use nbd_proto::{
     ChunkHeader, ChunkType, CommandFlags, REPLY_FLAG_DONE, ReplyStyle, Request as WireRequest,
@@ -17,7 +18,6 @@ use super::pass::Step;
 use super::reader::Reader;
 use super::slow::{self, OVERHEAD_BYTES, PIECE_BYTES, SMALL_PIECE_BYTES};
 use super::translate;
-use super::zero::is_zero;
 
 /// Reads up to this many bytes are answered from the arena.
 const INLINE_READ_BYTES: u64 = 128 << 10;

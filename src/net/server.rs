@@ -9,6 +9,7 @@ use bridge::worker::Workers;
 use bridge::{Budget, Export};
 use tokio::sync::watch;
 
+use super::clients::ClientList;
 use super::connection::for_each_here;
 use super::directory::Exports;
 use super::session;
@@ -30,6 +31,8 @@ pub(crate) struct Settings {
     pub(crate) max_clients: Option<usize>,
     /// The bytes that all clients together may hold.
     pub(crate) memory_budget: u64,
+    /// Offer clients the context `qemu:allocation-depth`.
+    pub(crate) allocation_depth: bool,
 }
 
 impl Settings {
@@ -79,7 +82,7 @@ impl Server {
     /// A server of these exports on these workers.
     pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Arc<Workers>) -> Self {
         let shared = Shared {
-            exports: Exports(exports.into()),
+            exports: Exports { list: exports.into(), depth: settings.allocation_depth },
             budget: Budget::new(settings.memory_budget),
             settings: Arc::new(settings),
             phase: watch::Sender::new(Phase::Running),
@@ -105,6 +108,11 @@ impl Server {
             let _seat = seat;
             session::serve(shared, fd, id, peer, account).await;
         });
+    }
+
+    /// What tells of its clients.
+    pub(crate) fn client_list(&self) -> ClientList {
+        ClientList::new(self.workers.clone())
     }
 
     /// Waits until one more client is welcome.

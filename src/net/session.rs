@@ -48,7 +48,7 @@ async fn serve_client(
     // The handshake found it a moment ago, and the list of exports does not change.
     let Some(export) = shared.exports.get(&negotiated.export).cloned() else { return Ok(()) };
     tracing::info!(%peer, export = negotiated.export, style = ?negotiated.style, "client connected");
-    let connection = Connection::new(socket, export, &negotiated, account, shared.settings.clone());
+    let connection = Connection::new(peer, socket, export, &negotiated, account, shared.settings.clone());
     let _listed = Listed::new(id, &connection);
     if shared.phase() != Phase::Running {
         connection.drain();

@@ -6,13 +6,13 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bridge::admission::RESERVE_BYTES;
-use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Reply, Request};
+use bridge::zero::is_zero;
+use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Operation, Reply, Request};
 use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
 
 use super::connection::Connection;
 use super::output::Body;
 use super::translate;
-use super::zero::is_zero;
 
 /// Largest part of a read that is fetched at once, where the reply may come in chunks.
 pub(super) const PIECE_BYTES: u32 = 1 << 20;
@@ -20,9 +20,9 @@ pub(super) const PIECE_BYTES: u32 = 1 << 20;
 /// What a waiting request is charged beside its data: its task and its answer's head.
 pub(super) const OVERHEAD_BYTES: u32 = 1 << 10;
 
-/// What block status is charged: its longest answer.
-pub(super) const STATUS_BYTES: u32 = 132 << 10;
-const _: () = assert!(STATUS_BYTES as usize > 32 * bridge::extent::MAX_EXTENTS);
+/// What block status is charged: its longest answer, of two contexts, beside one list that it is made of.
+pub(super) const STATUS_BYTES: u32 = 196 << 10;
+const _: () = assert!(STATUS_BYTES as usize > 48 * bridge::extent::MAX_EXTENTS);
 
 /// A piece that fits into a connection's own reserve together with its overhead.
 pub(super) const SMALL_PIECE_BYTES: u32 = RESERVE_BYTES - OVERHEAD_BYTES;
@@ -215,25 +215,44 @@ pub(super) fn write(answer: Answer, request: Request, data: Buffer, charge: Char
 pub(super) fn other(answer: Answer, request: Request, charge: Charge, arrived: Instant) {
     tokio::task::spawn_local(async move {
         let connection = answer.connection.clone();
-        match (connection.export.execute(request, None, arrived).await, connection.allocation_context) {
-            (Ok(Reply::Extents(extents)), Some(context)) => {
-                let extents: Vec<(u64, u32)> = extents.iter().map(translate::allocation).collect();
-                let mut head = Vec::new();
-                put_block_status(
-                    connection.style,
-                    answer.cookie,
-                    answer.offset,
-                    context,
-                    &extents,
-                    true,
-                    &mut head,
-                );
-                answer.give(head, Body::None, charge);
-            }
-            (Ok(_), _) => answer.done(charge),
-            (Err(error), _) => answer.failed(&error, charge),
+        if request.operation == Operation::BlockStatus {
+            return match block_status(&connection, answer.cookie, request, arrived).await {
+                Ok(head) => answer.give(head, Body::None, charge),
+                Err(error) => answer.failed(&error, charge),
+            };
+        }
+        match connection.export.execute(request, None, arrived).await {
+            Ok(_) => answer.done(charge),
+            Err(error) => answer.failed(&error, charge),
         }
     });
+}
+
+/// A chunk for each context that was negotiated.
+async fn block_status(
+    connection: &Connection,
+    cookie: u64,
+    mut request: Request,
+    arrived: Instant,
+) -> bridge::Result<Vec<u8>> {
+    let (contexts, style, offset) = (connection.contexts, connection.style, request.offset);
+    let mut head = Vec::new();
+    if let Some(context) = contexts.allocation {
+        let Reply::Extents(extents) = connection.export.execute(request, None, arrived).await? else {
+            return Err(Error::new(ErrorKind::Io, "block status brought no extents"));
+        };
+        let extents: Vec<(u64, u32)> = extents.iter().map(translate::allocation).collect();
+        let last = contexts.depth.is_none();
+        put_block_status(style, cookie, offset, context, &extents, last, &mut head);
+        // It counts once.
+        request.flags |= Flags::CONTINUED;
+    }
+    if let Some(context) = contexts.depth {
+        let depths = connection.export.allocation_depth(request, arrived).await?;
+        let depths: Vec<(u64, u32)> = depths.iter().map(translate::depth).collect();
+        put_block_status(style, cookie, offset, context, &depths, true, &mut head);
+    }
+    Ok(head)
 }
 
 /// A large write whose payload is stored piece by piece as it arrives, so that it never needs memory for all of

@@ -1,7 +1,7 @@
 //! Between the wire and the pipeline: requests, errors, flags and extents, each in one table.
 
 use bridge::{
-    Capabilities, Error, ErrorKind, Export, Extent, ExtentKind, Flags, Geometry, Operation, Request,
+    Capabilities, Depth, Error, ErrorKind, Export, Extent, ExtentKind, Flags, Geometry, Operation, Request,
 };
 use nbd_proto::{
     Command, CommandFlags, ExportInfo, MAX_PAYLOAD_BYTES, NbdError, ReplyStyle, Request as WireRequest,
@@ -10,6 +10,9 @@ use nbd_proto::{
 
 /// The metadata context that every export has.
 pub(super) const BASE_ALLOCATION: &str = "base:allocation";
+
+/// QEMU's context, offered on demand: the number of the layer that holds the bytes, from 1 at the top; 0 for none.
+pub(super) const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 
 /// `NBD_STATE_HOLE` and `NBD_STATE_ZERO` of `base:allocation`.
 const STATE_HOLE: u32 = 1 << 0;
@@ -106,6 +109,11 @@ pub(super) fn allocation(extent: &Extent) -> (u64, u32) {
         ExtentKind::Hole => STATE_HOLE | STATE_ZERO,
     };
     (extent.len, state)
+}
+
+/// `qemu:allocation-depth` for a run of bytes.
+pub(super) fn depth(depth: &Depth) -> (u64, u32) {
+    (depth.len, depth.level)
 }
 
 /// What the handshake tells of an export.

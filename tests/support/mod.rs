@@ -12,9 +12,11 @@ mod negotiation;
 mod random;
 mod server;
 mod stream;
+mod tools;
 
 pub(crate) use client::{Answer, Client, NO_FLAGS, STYLES};
 pub(crate) use negotiation::{Negotiation, go_data, meta_data};
 pub(crate) use random::Random;
-pub(crate) use server::{PROGRAM, Server, eventually, net, one_line, resident_bytes, text};
+pub(crate) use server::{CONTROL_FOLDER, PROGRAM, Server, eventually, net, one_line, resident_bytes, text};
 pub(crate) use stream::{LIMIT, Stream};
+pub(crate) use tools::{Loop, lacks, refusal, run};

@@ -16,6 +16,9 @@ use super::{Client, Negotiation, Stream};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_nbdbridge");
 
+/// Where control sockets are made and looked for.
+pub(crate) const CONTROL_FOLDER: &str = "NBDBRIDGE_RUNTIME_DIR";
+
 /// A running server.
 pub(crate) struct Server {
     pub(crate) child: Child,
@@ -54,12 +57,22 @@ impl Server {
     fn serve_by(command: &mut Command, args: &[&str]) -> Result<Server, String> {
         let folder = tempfile::tempdir().unwrap();
         command.arg("-k").arg(folder.path().join("sock"));
+        // Killed at the end of a test, it leaves its control socket behind.
+        command.env(CONTROL_FOLDER, folder.path().join("control"));
         command.stderr(File::create(folder.path().join("log")).unwrap());
         let count = |word| args.iter().filter(|arg| **arg == word).count();
         let exports = usize::from(!args[0].starts_with('-')) + count("--export");
         let mut server = Server::start(command, exports * (1 + count("-p")));
         server.folder = Some(folder);
         if server.lines.is_empty() { Err(server.log()) } else { Ok(server) }
+    }
+
+    /// The same with its control socket in `folder`, as `CONTROL_FOLDER` names it to all commands.
+    pub(crate) fn serve_in(folder: &Path, args: &[&str]) -> Server {
+        let mut command = Command::new("sh");
+        let script = format!("export {CONTROL_FOLDER}=\"$0\"; exec {PROGRAM} net \"$@\"");
+        command.args(["-c", &script, text(folder)]).args(args).stdin(Stdio::null());
+        Server::serve_by(&mut command, args).unwrap_or_else(|log| panic!("it did not start: {log}"))
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

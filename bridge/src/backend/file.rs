@@ -16,7 +16,6 @@ mod fast;
 mod flush;
 mod lock;
 mod open;
-mod ranges;
 mod slow;
 mod space;
 mod status;
@@ -29,6 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Acquire};
 
+use crate::ranges::RangeLocks;
 use crate::{
     Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole, Result,
 };
@@ -150,7 +150,7 @@ struct Disk {
     direct: Option<u64>,
     fast: fast::Fast,
     gate: Arc<flush::FlushGate>,
-    ranges: ranges::RangeLocks,
+    ranges: RangeLocks,
     refused: zero::Refused,
 }
 

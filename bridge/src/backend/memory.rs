@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::extent::{MAX_EXTENTS, push_extent};
+use crate::zero::is_zero;
 use crate::{
     Backend, Buffer, Capabilities, Error, ErrorKind, Extent, ExtentKind, Flags, Geometry, LocalFuture, Result,
 };
@@ -283,11 +284,6 @@ fn new_chunk(start: usize, part: &[u8]) -> Result<Box<[u8]>> {
     bytes.extend_from_slice(part);
     bytes.resize(len, 0);
     Ok(bytes.into_boxed_slice())
-}
-
-/// In blocks, so that the compiler makes wide comparisons of it, and stops early where there is data.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(256).all(|block| block.iter().fold(0, |any, byte| any | byte) == 0)
 }
 
 #[cfg(test)]

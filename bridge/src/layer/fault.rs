@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::{
-    Backend, Buffer, Error, Extent, Flags, Geometry, LocalFuture, Operation, RangeOrHole, Request, Result,
+    Backend, Buffer, Depth, Error, Extent, Flags, Geometry, LocalFuture, Operation, RangeOrHole, Request,
+    Result,
 };
 
 mod rule;
@@ -251,6 +252,13 @@ impl Backend for Fault {
         Box::pin(async move {
             self.decide(Operation::BlockStatus, offset, len).await?;
             self.inner.block_status(offset, len, flags).await
+        })
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        Box::pin(async move {
+            self.decide(Operation::BlockStatus, offset, len).await?;
+            self.inner.allocation_depth(offset, len, flags).await
         })
     }
 

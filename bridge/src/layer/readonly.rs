@@ -1,10 +1,11 @@
 //! Refuses every change. A guard for exports that must not be written, whatever the backend could do.
 
 use std::future::ready;
+use std::sync::Arc;
 
 use crate::{
-    Backend, Buffer, Capabilities, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole,
-    Result,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture,
+    RangeOrHole, Result,
 };
 
 /// A source that cannot be changed through this layer.
@@ -12,12 +13,17 @@ use crate::{
 /// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW` and `ALLOCATE`; keeps the rest. A
 /// flush passes through: the source may hold changes that were made before.
 pub struct ReadOnly {
-    inner: Box<dyn Backend>,
+    inner: Arc<dyn Backend>,
 }
 
 impl ReadOnly {
     /// `inner`, protected.
     pub fn new(inner: Box<dyn Backend>) -> Self {
+        ReadOnly { inner: Arc::from(inner) }
+    }
+
+    /// A protected way to a source that others may change meanwhile.
+    pub fn over(inner: Arc<dyn Backend>) -> Self {
         ReadOnly { inner }
     }
 }
@@ -72,6 +78,10 @@ impl Backend for ReadOnly {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(offset, len, flags)
     }
 
     fn allocated(&self) -> Option<u64> {

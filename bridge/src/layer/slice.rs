@@ -1,9 +1,11 @@
-//! A part of a source, as a source of its own: what `--offset` serves.
+//! A part of a source, as a source of its own: what `--offset`, `--size` and `--partition` serve.
 //!
-//! Capabilities are the source's, but for growing: a part has its place. Every operation passes through, moved; nothing outside the part can be reached,
-//! since the range is checked against this layer's size.
+//! Capabilities are the source's, but for growing: a part has its place. Every operation passes through, moved; nothing
+//! outside the part can be reached, since the range is checked against this layer's size.
 
-use crate::{Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{
+    Backend, Buffer, Capabilities, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result,
+};
 
 /// A part of another backend.
 pub struct Slice {
@@ -69,6 +71,10 @@ impl Backend for Slice {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(self.start + offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(self.start + offset, len, flags)
     }
 
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {

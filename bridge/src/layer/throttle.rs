@@ -15,7 +15,7 @@ use bucket::Direction;
 use gate::Gate;
 
 use crate::layer::SettingError;
-use crate::{Backend, Buffer, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{Backend, Buffer, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
 
 mod bucket;
 mod config;
@@ -33,7 +33,7 @@ pub struct Throttle {
     gate: Arc<Gate>,
 }
 
-/// Reads and changes the limits of a [`Throttle`]; clones are the same handle.
+/// Reads and changes the limits of a [`Throttle`], or of all of its group; clones are the same handle.
 #[derive(Clone)]
 pub struct ThrottleHandle {
     gate: Arc<Gate>,
@@ -45,9 +45,13 @@ impl Throttle {
     /// # Errors
     /// Those of [`ThrottleConfig::check`].
     pub fn new(inner: Box<dyn Backend>, config: ThrottleConfig) -> std::result::Result<Self, SettingError> {
-        let gate = Arc::new(Gate::new());
-        gate.set(config)?;
-        Ok(Throttle { inner, gate })
+        Ok(Throttle::join(inner, &ThrottleHandle::new(config)?))
+    }
+
+    /// `inner` in the group of another throttle: they share limits, buckets and lines, and are changed together. So no
+    /// member starves, and what one leaves the others may use.
+    pub fn join(inner: Box<dyn Backend>, group: &ThrottleHandle) -> Self {
+        Throttle { inner, gate: group.gate.clone() }
     }
 
     /// The handle that changes the limits.
@@ -57,6 +61,16 @@ impl Throttle {
 }
 
 impl ThrottleHandle {
+    /// The limits of a group, for [`Throttle::join`].
+    ///
+    /// # Errors
+    /// Those of [`ThrottleConfig::check`].
+    pub fn new(config: ThrottleConfig) -> std::result::Result<Self, SettingError> {
+        let gate = Arc::new(Gate::new());
+        gate.set(config)?;
+        Ok(ThrottleHandle { gate })
+    }
+
     /// Replaces the limits at once, with empty buckets (as QEMU does), and lets those who wait start anew.
     ///
     /// # Errors
@@ -150,6 +164,10 @@ impl Backend for Throttle {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         self.inner.block_status(offset, len, flags)
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        self.inner.allocation_depth(offset, len, flags)
     }
 
     fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {

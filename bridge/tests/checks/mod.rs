@@ -15,7 +15,10 @@ use crate::support::{Disk, Kind, pattern};
 /// What a new disk of this kind holds.
 pub fn fresh(disk: &Disk) -> Vec<u8> {
     let len = usize::try_from(disk.size()).unwrap();
-    if disk.kind == Kind::ReadOnly { pattern(0, len) } else { vec![0; len] }
+    match disk.kind {
+        Kind::ReadOnly | Kind::Filled => pattern(0, len),
+        Kind::Stores | Kind::Discards => vec![0; len],
+    }
 }
 
 /// Fills the disk with the pattern and returns what it holds then.

@@ -9,7 +9,8 @@ use bridge::backend::crash::CrashBackend;
 use bridge::backend::file::{AioMode, CacheMode, DiscardMode, FileBackend, FileOptions};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::null::NullBackend;
-use bridge::layer::{Fault, ReadOnly, Throttle};
+use bridge::layer::overlay::{self, Overlay};
+use bridge::layer::{DetectZeroes, Fault, ReadOnly, Slice, Throttle, ThrottleHandle, ZeroMode};
 
 use super::pattern;
 
@@ -21,15 +22,17 @@ pub const DISK_BYTES: u64 = (6 << 20) + 4096 + 77;
 pub enum Kind {
     /// Keeps it. New, it reads as zeroes.
     Stores,
+    /// Keeps it. New, it holds [`pattern`].
+    Filled,
     /// Drops it, and reads as zeroes.
     Discards,
     /// Refuses it; holds [`pattern`].
     ReadOnly,
 }
 
-pub const ALL: &[Kind] = &[Kind::Stores, Kind::Discards, Kind::ReadOnly];
-pub const WRITABLE: &[Kind] = &[Kind::Stores, Kind::Discards];
-pub const STORES: &[Kind] = &[Kind::Stores];
+pub const ALL: &[Kind] = &[Kind::Stores, Kind::Filled, Kind::Discards, Kind::ReadOnly];
+pub const WRITABLE: &[Kind] = &[Kind::Stores, Kind::Filled, Kind::Discards];
+pub const STORES: &[Kind] = &[Kind::Stores, Kind::Filled];
 pub const READ_ONLY: &[Kind] = &[Kind::ReadOnly];
 
 /// A backend, and what has to outlive it (a temporary folder, a loop device).
@@ -45,6 +48,10 @@ pub struct Stack {
 
 const fn stores(name: &'static str, make: fn(u64) -> Result<Made, String>) -> Stack {
     Stack { name, kind: Kind::Stores, make }
+}
+
+const fn filled(name: &'static str, make: fn(u64) -> Result<Made, String>) -> Stack {
+    Stack { name, kind: Kind::Filled, make }
 }
 
 #[rustfmt::skip]
@@ -69,6 +76,35 @@ pub const STACKS: &[Stack] = &[
     stores("loop device", |size| loop_device(size, FileOptions::default())),
     stores("loop device, O_DIRECT", |size| loop_device(size, FileOptions { cache: CacheMode::None, ..Default::default() })),
     stores("throttle over file on tmpfs", |size| file("/dev/shm", size, FileOptions::default()).map(|(disk, keep)| (throttle(disk, "iops-total=30000"), keep))),
+    stores("slice of memory", |size| made(slice(memory(size + (1 << 20) + 7), 4096, size))),
+    stores("slice of a file on disk", |size| file(DISK_FOLDER, size + 70_000, FileOptions::default()).map(|(disk, keep)| (slice(disk, 65_537, size), keep))),
+    stores("detect-zeroes over memory", |size| made(detect(memory(size), ZeroMode::On))),
+    stores("detect-zeroes, unmap, over a file on tmpfs", |size| file("/dev/shm", size, FileOptions::default()).map(|(disk, keep)| (detect(disk, ZeroMode::Unmap), keep))),
+    stores("detect-zeroes, unmap, over crash", |size| made(detect(crash(size), ZeroMode::Unmap))),
+    stores("throttle in a group", |size| made(group(memory(size), "iops-total=30000"))),
+    stores("overlay over memory", |size| made(temporary(memory(size), memory(overlay::temporary_bytes(size).unwrap())))),
+    stores("overlay over null, in crash", |size| made(temporary(null(size), crash(overlay::temporary_bytes(size).unwrap())))),
+    stores("kept overlay over crash, in memory", |size| made(kept(crash(size), memory(overlay::kept_bytes(size).unwrap())))),
+    filled("overlay over a read-only disk, in memory", |size| made(temporary(read_only(memory(size)), memory(overlay::temporary_bytes(size).unwrap())))),
+    filled("overlay over read-only crash, in a file on tmpfs", |size| {
+        let (store, keep) = file("/dev/shm", overlay::temporary_bytes(size).unwrap(), FileOptions::default())?;
+        Ok((temporary(read_only(crash(size)), store), keep))
+    }),
+    filled("kept overlay in a file on disk", |size| {
+        let (store, keep) = file(DISK_FOLDER, overlay::kept_bytes(size).unwrap(), FileOptions::default())?;
+        Ok((kept(read_only(memory(size)), store), keep))
+    }),
+    filled("kept overlay in a file on disk, O_DIRECT", |size| {
+        let options = FileOptions { cache: CacheMode::None, ..Default::default() };
+        let (store, keep) = file(DISK_FOLDER, overlay::kept_bytes(size).unwrap(), options)?;
+        Ok((kept(read_only(memory(size)), store), keep))
+    }),
+    filled("throttle over detect-zeroes over slice over overlay over fault", |size| {
+        let base = read_only(slice(memory(size + 65_536), 65_536, size));
+        let late = fault(base, "seed=4,delay-ms=1,delay-rate=0.02,op=read");
+        let overlay = temporary(late, crash(overlay::temporary_bytes(size).unwrap()));
+        made(throttle(detect(slice(overlay, 0, size), ZeroMode::Unmap), "iops-total=50000"))
+    }),
     Stack { name: "null", kind: Kind::Discards, make: |size| made(null(size)) },
     Stack { name: "throttle over null", kind: Kind::Discards, make: |size| made(throttle(null(size), "iops-total=30000")) },
     Stack { name: "read-only memory", kind: Kind::ReadOnly, make: |size| made(read_only(memory(size))) },
@@ -132,6 +168,31 @@ pub fn throttle(inner: Box<dyn Backend>, text: &str) -> Box<dyn Backend> {
 
 pub fn fault(inner: Box<dyn Backend>, text: &str) -> Box<dyn Backend> {
     Box::new(Fault::new(inner, text.parse().unwrap()))
+}
+
+pub fn slice(inner: Box<dyn Backend>, start: u64, len: u64) -> Box<dyn Backend> {
+    Box::new(Slice::new(inner, start, len))
+}
+
+pub fn detect(inner: Box<dyn Backend>, mode: ZeroMode) -> Box<dyn Backend> {
+    Box::new(DetectZeroes::new(inner, mode))
+}
+
+/// A member of a group that has another one.
+pub fn group(inner: Box<dyn Backend>, text: &str) -> Box<dyn Backend> {
+    let group = ThrottleHandle::new(text.parse().unwrap()).unwrap();
+    Throttle::join(null(1), &group);
+    Box::new(Throttle::join(inner, &group))
+}
+
+pub fn temporary(base: Box<dyn Backend>, store: Box<dyn Backend>) -> Box<dyn Backend> {
+    Box::new(Overlay::temporary(base, store).unwrap())
+}
+
+/// A new overlay that is kept. It is made on a thread of its own: the caller may be on a runtime already.
+pub fn kept(base: Box<dyn Backend>, store: Box<dyn Backend>) -> Box<dyn Backend> {
+    let make = || super::run(Overlay::create(base, store, "base", "raw", overlay::boot_id())).unwrap();
+    Box::new(std::thread::scope(|scope| scope.spawn(make).join().unwrap()))
 }
 
 /// Fills the disk with [`pattern`] first.

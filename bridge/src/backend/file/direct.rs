@@ -1,7 +1,7 @@
 //! O_DIRECT: requests of any alignment over a file that takes only aligned ones.
 //!
 //! What is not aligned goes through a second buffer; a write reads its first and last block, puts its bytes in
-//! and writes them back, under an exclusive lock on the range ([`super::ranges`]). The last block of a file whose size is
+//! and writes them back, under an exclusive lock on the range ([`crate::ranges`]). The last block of a file whose size is
 //! no multiple of the alignment cannot be written whole without making the file longer: it is read and written
 //! through a descriptor that uses the page cache, which the kernel keeps in step with O_DIRECT as long as the
 //! two do not run at the same time; the range lock sees to that.
@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use super::Disk;
-use super::ranges::Mode;
+use crate::ranges::Mode;
 use crate::{Buffer, Result};
 
 /// Where an aligned request's blocks lie: all of the file but the last, partial block.

@@ -11,9 +11,10 @@ use rustix::io::Errno;
 
 use super::fast::Fast;
 use super::flush::FlushGate;
-use super::ranges::RangeLocks;
+
 use super::zero::Refused;
 use super::{AioMode, CacheMode, Disk, FileOptions, Kind, lock};
+use crate::ranges::RangeLocks;
 use crate::{Capabilities, Geometry, OpenError, buffer, sys};
 
 /// Bounds of the preferred block in bytes.

@@ -15,8 +15,9 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::aio::{in_pool, run};
-use super::ranges::Mode;
+
 use super::{DiscardMode, Disk, Kind};
+use crate::ranges::Mode;
 use crate::uring::{Call, Op};
 use crate::{Buffer, Error, ErrorKind, Flags, Result, sys};
 

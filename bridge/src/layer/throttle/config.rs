@@ -103,6 +103,39 @@ impl ThrottleConfig {
         Ok(())
     }
 
+    /// These limits with the changes of a text, in which 0 takes a limit away; all other limits stay.
+    ///
+    /// # Errors
+    /// As for reading a whole text; it is the outcome that is checked.
+    pub fn changed(mut self, text: &str) -> Result<Self, SettingError> {
+        for pair in pairs(text) {
+            let (key, value) = pair?;
+            let Some((place, in_bytes)) = self.place(key) else {
+                return Err(SettingError::new(format!("unknown throttle key `{key}`; there are {KNOWN}")));
+            };
+            *place = if in_bytes { bytes(key, value)? } else { number(key, value)? };
+        }
+        self.check()?;
+        Ok(self)
+    }
+
+    /// What is set, each key with its value; empty where nothing is limited.
+    pub fn settings(&self) -> Vec<(String, u64)> {
+        let mut settings = Vec::new();
+        let mut put = |key: &str, part: &str, value: u64, default: u64| {
+            if value != default {
+                settings.push((format!("{key}{part}"), value));
+            }
+        };
+        for (name, limit) in self.named() {
+            put(name, "", limit.avg, 0);
+            put(name, "-max", limit.max, 0);
+            put(name, "-max-length", limit.max_length, 1);
+        }
+        put("iops-size", "", self.iops_size, 0);
+        settings
+    }
+
     fn named(&self) -> [(&'static str, Limit); 6] {
         [
             ("iops-total", self.iops.total),
@@ -153,37 +186,15 @@ impl FromStr for ThrottleConfig {
 
     /// Reads and checks; where a key comes twice, the later one counts.
     fn from_str(text: &str) -> Result<Self, SettingError> {
-        let mut config = ThrottleConfig::default();
-        for pair in pairs(text) {
-            let (key, value) = pair?;
-            let Some((place, in_bytes)) = config.place(key) else {
-                return Err(SettingError::new(format!("unknown throttle key `{key}`; there are {KNOWN}")));
-            };
-            *place = if in_bytes { bytes(key, value)? } else { number(key, value)? };
-        }
-        config.check()?;
-        Ok(config)
+        ThrottleConfig::default().changed(text)
     }
 }
 
 /// The text that reads back as the same value; empty where nothing is limited.
 impl fmt::Display for ThrottleConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut comma = "";
-        let mut put = |key: &str, part: &str, value: u64, default: u64| {
-            if value == default {
-                return Ok(());
-            }
-            write!(f, "{comma}{key}{part}={value}")?;
-            comma = ",";
-            Ok(())
-        };
-        for (name, limit) in self.named() {
-            put(name, "", limit.avg, 0)?;
-            put(name, "-max", limit.max, 0)?;
-            put(name, "-max-length", limit.max_length, 1)?;
-        }
-        put("iops-size", "", self.iops_size, 0)
+        let pairs = self.settings().into_iter().map(|(key, value)| format!("{key}={value}"));
+        f.write_str(&pairs.collect::<Vec<_>>().join(","))
     }
 }
 
@@ -204,6 +215,19 @@ mod tests {
         assert_eq!(parse(&config.to_string()), config);
         assert_eq!(parse("").to_string(), "");
         assert!(config.is_limited() && !parse("iops-total=0").is_limited());
+    }
+
+    #[test]
+    fn changes_leave_the_rest() {
+        let before = parse("iops-read=10,bps-total=1M");
+        let after = before.changed("bps-total=2M,iops-write=5").unwrap();
+        assert_eq!(after.to_string(), "iops-read=10,iops-write=5,bps-total=2097152");
+        assert_eq!(after.settings()[1], ("iops-write".to_owned(), 5));
+        let total = before.changed("iops-total=7,iops-read=0").unwrap();
+        assert_eq!(total.to_string(), "iops-total=7,bps-total=1048576");
+        assert_eq!(before.changed("").unwrap(), before);
+        assert!(before.changed("iops-total=7").unwrap_err().to_string().contains("iops-total excludes"));
+        assert!(before.changed("ops=1").unwrap_err().to_string().contains("there are iops-total"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Finding out that a block holds only zeroes.
+//! Finding out that bytes are all zero.
 
 /// Whether all bytes are zero. Data that is not is mostly told by its first bytes.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub fn is_zero(bytes: &[u8]) -> bool {
     const STEP: usize = 64;
     let head = bytes.get(..16).unwrap_or(bytes);
     if head.iter().any(|byte| *byte != 0) {

@@ -1,5 +1,5 @@
-//! Locks on ranges of a file, for O_DIRECT: a block that is read, modified and written must see no other write in
-//! between.
+//! Locks on ranges of a disk: a block that is read, modified and written (with O_DIRECT), or copied up into an
+//! overlay, must see no other write in between.
 //!
 //! Shared locks (aligned writes) overlap freely; an exclusive one (read-modify-write) overlaps with nothing.
 //! First come, first served: who overlaps with an earlier one that still waits, waits too. Waiters may be on any
@@ -11,13 +11,13 @@ use tokio::sync::oneshot;
 
 /// Whether a range may be held together with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(crate) enum Mode {
     Shared,
     Exclusive,
 }
 
-/// The locks of one file.
-pub(super) struct RangeLocks {
+/// The locks of one disk.
+pub(crate) struct RangeLocks {
     unit: u64,
     claims: Mutex<Claims>,
 }
@@ -39,33 +39,28 @@ struct Claim {
 }
 
 /// A held range; given back when dropped. While it is still waited for, dropping it leaves the queue.
-pub(super) struct RangeLock<'a> {
+pub(crate) struct RangeLock<'a> {
     locks: &'a RangeLocks,
     id: u64,
 }
 
 impl RangeLocks {
     /// Locks whose ranges are rounded out to multiples of `unit` bytes, a power of two.
-    pub(super) fn new(unit: u64) -> Self {
+    pub(crate) fn new(unit: u64) -> Self {
         RangeLocks { unit, claims: Mutex::default() }
     }
 
     /// Waits for a range to be free and takes it. Cancel-safe.
-    pub(super) async fn lock(&self, start: u64, end: u64, mode: Mode) -> RangeLock<'_> {
-        let start = start & !(self.unit - 1);
-        let end = end.checked_next_multiple_of(self.unit).unwrap_or(u64::MAX);
+    pub(crate) async fn lock(&self, start: u64, end: u64, mode: Mode) -> RangeLock<'_> {
         let (lock, granted) = {
             let mut claims = self.claims();
-            let id = claims.next;
-            claims.next += 1;
-            let mut claim = Claim { id, start, end, mode, wake: None };
+            let mut claim = self.claim(&claims, start, end, mode);
             let granted = claims.list.iter().any(|earlier| earlier.conflicts(&claim)).then(|| {
                 let (wake, granted) = oneshot::channel();
                 claim.wake = Some(wake);
                 granted
             });
-            claims.list.push(claim);
-            (RangeLock { locks: self, id }, granted)
+            (claims.enter(self, claim), granted)
         };
         if let Some(granted) = granted {
             // The sender goes only by being sent to: the lock, which removes the claim, is still here.
@@ -74,8 +69,31 @@ impl RangeLocks {
         lock
     }
 
+    /// Takes a range if it is free now.
+    pub(crate) fn try_lock(&self, start: u64, end: u64, mode: Mode) -> Option<RangeLock<'_>> {
+        let mut claims = self.claims();
+        let claim = self.claim(&claims, start, end, mode);
+        let free = !claims.list.iter().any(|earlier| earlier.conflicts(&claim));
+        free.then(|| claims.enter(self, claim))
+    }
+
+    fn claim(&self, claims: &Claims, start: u64, end: u64, mode: Mode) -> Claim {
+        let start = start & !(self.unit - 1);
+        let end = end.checked_next_multiple_of(self.unit).unwrap_or(u64::MAX);
+        Claim { id: claims.next, start, end, mode, wake: None }
+    }
+
     fn claims(&self) -> MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Claims {
+    fn enter<'a>(&mut self, locks: &'a RangeLocks, claim: Claim) -> RangeLock<'a> {
+        let id = claim.id;
+        self.next += 1;
+        self.list.push(claim);
+        RangeLock { locks, id }
     }
 }
 
@@ -137,6 +155,16 @@ mod tests {
         assert!(poll(&mut behind).is_pending());
         drop(modify);
         assert!(poll(&mut behind).is_ready());
+    }
+
+    #[test]
+    fn what_is_not_free_now_is_not_waited_for() {
+        let locks = RangeLocks::new(4096);
+        let first = locks.try_lock(0, 100, Mode::Exclusive);
+        assert!(first.is_some() && locks.try_lock(4095, 5000, Mode::Shared).is_none());
+        assert!(locks.try_lock(4096, 5000, Mode::Exclusive).is_some());
+        drop(first);
+        assert!(locks.try_lock(4095, 5000, Mode::Shared).is_some() && locks.claims().list.is_empty());
     }
 
     #[test]

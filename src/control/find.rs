@@ -1,0 +1,262 @@
+//! Which processes serve here, and which of their exports a person means.
+//!
+//! EXPORT is, in this order: a name; `PID:NAME`, or `PID` where it has one export; where an export is found (a device,
+//! a mounted file, a URI); its source. The first of these that fits decides.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use tokio::task::JoinSet;
+
+use super::client::{self, CallError};
+use super::folder;
+use super::wire::{ExportInfo, Instance};
+
+/// Names listed in an error.
+const LISTED: usize = 8;
+
+/// A process that answers.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) socket: PathBuf,
+    pub(super) instance: Instance,
+}
+
+/// All that is here.
+#[derive(Debug, Default)]
+pub(super) struct Servers {
+    /// In the order of their process numbers.
+    pub(super) servers: Vec<Server>,
+    /// A line for each that does not answer.
+    pub(super) silent: Vec<String>,
+}
+
+/// One export of one process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target<'a> {
+    pub(super) server: &'a Server,
+    pub(super) export: &'a ExportInfo,
+}
+
+/// Where root's servers are, and beside it those that a service manager runs.
+const RUN: &str = "/run";
+
+/// The folders in which this user may find servers.
+fn folders() -> Vec<PathBuf> {
+    let own = folder::path();
+    let more = if own.parent() == Some(Path::new(RUN)) { of_services(Path::new(RUN)) } else { Vec::new() };
+    std::iter::once(own).chain(more).collect()
+}
+
+/// `nbdbridge-NAME`, which a service manager makes for each service; nobody but root makes any in /run.
+fn of_services(run: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(run).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let is_one = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"nbdbridge-")) && path.is_dir()
+    };
+    let mut folders: Vec<_> = entries.filter(is_one).collect();
+    folders.sort();
+    folders
+}
+
+/// Asks all that are here. Sockets of processes that are gone are removed.
+///
+/// # Errors
+/// One line for a folder that cannot be looked into.
+pub(super) async fn servers() -> Result<Servers> {
+    let mut asked = JoinSet::new();
+    for folder in folders() {
+        for (pid, socket) in folder::sockets(&folder)? {
+            asked.spawn(async move {
+                let answer = client::get::<Instance>(&socket, "/v1/instance").await;
+                (pid, socket, answer)
+            });
+        }
+    }
+    let mut found = Servers::default();
+    for (pid, socket, answer) in asked.join_all().await {
+        match answer {
+            Ok(instance) => found.servers.push(Server { socket, instance }),
+            Err(CallError::Gone) => {}
+            Err(CallError::Refused(why) | CallError::Silent(why)) => {
+                found.silent.push(format!("process {pid} does not answer at {}: {why}", socket.display()));
+            }
+        }
+    }
+    found.servers.sort_by_key(|server| server.instance.pid);
+    found.silent.sort();
+    Ok(found)
+}
+
+impl Servers {
+    /// Every export of every process.
+    pub(super) fn targets(&self) -> impl Iterator<Item = Target<'_>> + Clone {
+        self.servers
+            .iter()
+            .flat_map(|server| server.instance.exports.iter().map(move |export| Target { server, export }))
+    }
+
+    /// The one that `text` means.
+    ///
+    /// # Errors
+    /// One line that says what there is, where it means none or several.
+    pub(super) fn find(&self, text: &str) -> Result<Target<'_>> {
+        let path = std::path::absolute(text).ok().and_then(|path| path.into_os_string().into_string().ok());
+        let is_path = |other: &str| other == text || path.as_deref() == Some(other);
+        let found_at = |target: &Target<'_>| {
+            let mut places = target.server.instance.doors.iter().flat_map(|door| &door.places);
+            places.any(|place| place.export == target.export.name && is_path(&place.at))
+        };
+        let ways: [&dyn Fn(&Target<'_>) -> bool; 4] = [
+            &|target| target.export.name == text,
+            &|target| target.is_numbered(text),
+            &found_at,
+            &|target| is_path(&target.export.source),
+        ];
+        for way in ways {
+            let found: Vec<_> = self.targets().filter(way).collect();
+            match &found[..] {
+                [] => {}
+                [one] => return Ok(*one),
+                many => bail!("`{text}` is served {} times; say which: {}", many.len(), list(many)),
+            }
+        }
+        let all: Vec<_> = self.targets().collect();
+        match (&all[..], &self.silent[..]) {
+            ([], []) => bail!("no export `{text}`: {}", nobody()),
+            (all, [first, ..]) => bail!("no export `{text}` among {}; {first}", list(all)),
+            (all, []) => bail!("no export `{text}`; there is {}", list(all)),
+        }
+    }
+}
+
+/// Says that no server is here.
+pub(super) fn nobody() -> String {
+    let folder = folder::path();
+    format!("no nbdbridge is running that this user can see (sockets are in {})", folder.display())
+}
+
+impl Target<'_> {
+    /// The name that means this export and no other.
+    pub(super) fn id(&self) -> String {
+        let Instance { pid, exports, .. } = &self.server.instance;
+        match (&self.export.name, exports.len()) {
+            (name, 1) if name.is_empty() => pid.to_string(),
+            (name, _) => format!("{pid}:{name}"),
+        }
+    }
+
+    fn is_numbered(&self, text: &str) -> bool {
+        let (pid, name) = text.split_once(':').unwrap_or((text, ""));
+        let Instance { pid: own, exports, .. } = &self.server.instance;
+        pid.parse() == Ok(*own) && (name == self.export.name || name.is_empty() && (exports.len() == 1))
+    }
+}
+
+/// A few of them by name.
+fn list(targets: &[Target<'_>]) -> String {
+    let mut names: Vec<String> = targets
+        .iter()
+        .take(LISTED)
+        .map(|target| format!("{} ({})", target.id(), target.export.source))
+        .collect();
+    if targets.len() > LISTED {
+        names.push(format!("and {} more", targets.len() - LISTED));
+    }
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire::{DoorInfo, Place};
+
+    fn server(pid: u32, exports: &[(&str, &str, &str)]) -> Server {
+        let places = exports.iter().map(|(name, _, at)| Place { export: (*name).into(), at: (*at).into() });
+        let door = DoorInfo { kind: "ublk".into(), places: places.collect(), report: Default::default() };
+        let exports = exports.iter().map(|(name, source, _)| ExportInfo {
+            name: (*name).into(),
+            description: None,
+            source: (*source).into(),
+            size: 1,
+            read_only: false,
+            limits: Default::default(),
+        });
+        let instance =
+            Instance { pid, version: "1".into(), started: 0, exports: exports.collect(), doors: vec![door] };
+        Server { socket: PathBuf::new(), instance }
+    }
+
+    #[test]
+    fn every_way_to_say_which() {
+        let cwd = std::env::current_dir().unwrap();
+        let here = cwd.join("x.img").to_str().unwrap().to_owned();
+        let servers = Servers {
+            servers: vec![
+                server(10, &[("a", "/srv/a.img", "/dev/ublkb0"), ("b", "mem:1", "nbd://h/b")]),
+                server(11, &[("a", "/srv/c.img", "/dev/ublkb1")]),
+                server(12, &[("", &here, "nbd+unix:///?socket=/s")]),
+                server(13, &[("10", "/srv/c.img", "/mnt/file"), ("", "null:1", "")]),
+            ],
+            silent: Vec::new(),
+        };
+        for (text, id) in [
+            ("b", "10:b"),
+            ("10:a", "10:a"),
+            ("11", "11:a"),
+            ("11:", "11:a"),
+            ("12", "12"),
+            ("13:", "13:"),
+            ("10", "13:10"),
+            ("/dev/ublkb1", "11:a"),
+            ("nbd://h/b", "10:b"),
+            ("/mnt/../mnt/file", "none"),
+            ("/srv/a.img", "10:a"),
+            ("x.img", "12"),
+            (&here, "12"),
+            ("mem:1", "10:b"),
+            ("a", "10:a (/srv/a.img), 11:a (/srv/c.img)"),
+            ("", "12 ("),
+            ("/srv/c.img", "11:a (/srv/c.img), 13:10 (/srv/c.img)"),
+            ("13", "13:"),
+            ("10:c", "there is 10:a"),
+        ] {
+            match servers.find(text) {
+                Ok(target) => assert_eq!(target.id(), id, "{text}"),
+                Err(error) => {
+                    let line = error.to_string();
+                    assert!(
+                        line.contains(id) || id == "none" && line.contains("no export"),
+                        "{text}: {line}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn services_have_folders_of_their_own() {
+        let run = tempfile::tempdir().unwrap();
+        for name in ["nbdbridge-b", "nbdbridge-a", "nbdbridge", "other"] {
+            std::fs::create_dir(run.path().join(name)).unwrap();
+        }
+        std::fs::write(run.path().join("nbdbridge-c"), "").unwrap();
+        assert_eq!(of_services(run.path()), ["nbdbridge-a", "nbdbridge-b"].map(|name| run.path().join(name)));
+        assert!(of_services(&run.path().join("none")).is_empty());
+    }
+
+    #[test]
+    fn what_is_said_where_there_is_nothing() {
+        let line = Servers::default().find("x").unwrap_err().to_string();
+        assert!(line.contains("no nbdbridge is running"), "{line}");
+        let silent = Servers { silent: vec!["process 7 does not answer".into()], ..Servers::default() };
+        let line = silent.find("x").unwrap_err().to_string();
+        assert!(line.contains("process 7") && line.contains("none"), "{line}");
+        let exports: Vec<(String, &str, &str)> = (0..20).map(|n| (format!("e{n}"), "s", "")).collect();
+        let exports: Vec<_> = exports.iter().map(|(name, s, at)| (name.as_str(), *s, *at)).collect();
+        let many = Servers { servers: vec![server(1, &exports)], silent: Vec::new() };
+        let line = many.find("x").unwrap_err().to_string();
+        assert!(line.contains("and 12 more"), "{line}");
+    }
+}

@@ -1,0 +1,221 @@
+//! Where the control sockets are: a folder that only its owner can enter, with a socket `<pid>.sock` for each process.
+//!
+//! | who | folder |
+//! |---|---|
+//! | whoever sets `NBDBRIDGE_RUNTIME_DIR` | that one |
+//! | root | `/run/nbdbridge` |
+//! | a service of `contrib/systemd` | `/run/nbdbridge-NAME` (by that variable); root looks there too |
+//! | a user | `$XDG_RUNTIME_DIR/nbdbridge`, else `/run/user/UID/nbdbridge`, else `/tmp/nbdbridge-UID` |
+//!
+//! A process that was killed leaves its socket behind; whoever finds that nobody listens there removes it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{Mode, OFlags};
+
+/// The variable that names another folder.
+const VARIABLE: &str = "NBDBRIDGE_RUNTIME_DIR";
+
+/// Where processes of this user have their sockets.
+pub(super) fn path() -> PathBuf {
+    choose(rustix::process::geteuid().as_raw(), |name| {
+        std::env::var_os(name).filter(|value| !value.is_empty())
+    })
+}
+
+fn choose(uid: u32, variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    if let Some(folder) = variable(VARIABLE) {
+        return folder.into();
+    }
+    if uid == 0 {
+        return "/run/nbdbridge".into();
+    }
+    let run = variable("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    let run = run.unwrap_or_else(|| format!("/run/user/{uid}").into());
+    if run.is_dir() { run.join("nbdbridge") } else { format!("/tmp/nbdbridge-{uid}").into() }
+}
+
+/// A listening control socket; its path is removed when dropped.
+#[derive(Debug)]
+pub(super) struct OwnSocket {
+    path: PathBuf,
+}
+
+impl OwnSocket {
+    /// Makes this process's socket in `folder`, and that too where it is missing.
+    ///
+    /// # Errors
+    /// One line that names the path.
+    pub(super) fn bind(folder: &Path) -> Result<(UnixListener, OwnSocket)> {
+        make(folder)?;
+        let pid = std::process::id();
+        let path = folder.join(format!("{pid}.sock"));
+        let cannot = || format!("{}: cannot listen there", path.display());
+        if let Err(error) = std::fs::metadata(&path).and_then(|_| UnixStream::connect(&path))
+            && (is_nobody_there(&error) || error.kind() == io::ErrorKind::NotFound)
+        {
+            // It has its name and mode only when it listens: whoever finds a socket that nobody answers removes it.
+            let new = folder.join(format!(".{pid}.new"));
+            let _ = std::fs::remove_file(&new);
+            let listener = UnixListener::bind(&new).with_context(cannot)?;
+            let named = std::fs::set_permissions(&new, PermissionsExt::from_mode(0o600))
+                .and_then(|()| listener.set_nonblocking(true))
+                .and_then(|()| std::fs::rename(&new, &path));
+            if named.is_err() {
+                // The first error is the one to tell.
+                let _ = std::fs::remove_file(&new);
+            }
+            named.with_context(cannot)?;
+            return Ok((listener, OwnSocket { path }));
+        }
+        bail!("{}: another process listens there; set {VARIABLE} to a folder of your own", path.display())
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for OwnSocket {
+    fn drop(&mut self) {
+        // Somebody may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Makes the folder, or sees to it that it is ours and closed to others.
+fn make(folder: &Path) -> Result<()> {
+    let shown = folder.display();
+    match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("{shown}: cannot make the folder"));
+        }
+        _ => {}
+    }
+    // What is opened is what is looked at: it may be somebody else's, or a link to what is.
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    let there = rustix::fs::open(folder, flags, Mode::empty())
+        .with_context(|| format!("{shown}: not a folder that can be used"))?;
+    let there = std::fs::File::from(there);
+    let meta = there.metadata().with_context(|| format!("{shown}: cannot look at it"))?;
+    ensure!(
+        meta.uid() == rustix::process::geteuid().as_raw(),
+        "{shown}: belongs to user {}; remove it, or set {VARIABLE} to a folder of your own",
+        meta.uid()
+    );
+    if meta.mode() & 0o7777 != 0o700 {
+        there
+            .set_permissions(PermissionsExt::from_mode(0o700))
+            .with_context(|| format!("{shown}: cannot close it to others"))?;
+    }
+    Ok(())
+}
+
+/// The sockets in `folder`, each with its process's number, in the order of these. Whether anybody listens shows when
+/// one connects.
+///
+/// # Errors
+/// One line that names the folder.
+pub(super) fn sockets(folder: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let shown = folder.display();
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            bail!("{shown}: no permission; a server is shown to the user who started it, and to root")
+        }
+        Err(error) => return Err(error).with_context(|| format!("{shown}: cannot look into it")),
+    };
+    let mut sockets: Vec<(u32, PathBuf)> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let pid = path.file_name()?.to_str()?.strip_suffix(".sock")?.parse().ok()?;
+            Some((pid, path))
+        })
+        .collect();
+    sockets.sort();
+    Ok(sockets)
+}
+
+/// Whether an error of connect(2) says that the process which made the socket is gone.
+pub(super) fn is_nobody_there(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionRefused
+}
+
+/// Removes the socket of a process that is gone.
+pub(super) fn remove_stale(path: &Path) {
+    tracing::debug!("{}: nobody listens there; removed", path.display());
+    // Somebody else may have been quicker.
+    let _ = std::fs::remove_file(path);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn who_looks_where() {
+        let none = |_: &str| None;
+        let set = |name: &'static str, value: &'static str| {
+            move |asked: &str| (asked == name).then(|| OsString::from(value))
+        };
+        assert_eq!(choose(0, none), Path::new("/run/nbdbridge"));
+        assert_eq!(choose(0, set("XDG_RUNTIME_DIR", "/tmp")), Path::new("/run/nbdbridge"));
+        assert_eq!(choose(7, set("XDG_RUNTIME_DIR", "/tmp")), Path::new("/tmp/nbdbridge"));
+        assert_eq!(
+            choose(4_000_000_000, set("XDG_RUNTIME_DIR", "tmp")),
+            Path::new("/tmp/nbdbridge-4000000000")
+        );
+        assert_eq!(choose(4_000_000_000, none), Path::new("/tmp/nbdbridge-4000000000"));
+        assert_eq!(choose(0, set(VARIABLE, "/x")), Path::new("/x"));
+    }
+
+    #[test]
+    fn the_socket_is_its_owners_alone_and_goes() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("new");
+        let (_listener, socket) = OwnSocket::bind(&folder).unwrap();
+        assert_eq!((mode(&folder), mode(socket.path())), (0o700, 0o600));
+        assert_eq!(sockets(&folder).unwrap(), [(std::process::id(), socket.path().to_owned())]);
+        drop(socket);
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_open_folder_is_closed_and_a_stale_socket_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path();
+        std::fs::set_permissions(folder, PermissionsExt::from_mode(0o777)).unwrap();
+        let stale = folder.join(format!("{}.sock", std::process::id()));
+        drop(UnixListener::bind(&stale).unwrap());
+        let (_listener, _socket) = OwnSocket::bind(folder).unwrap();
+        assert_eq!(mode(folder), 0o700);
+        UnixStream::connect(&stale).unwrap();
+        let error = OwnSocket::bind(folder).unwrap_err().to_string();
+        assert!(error.contains("another process listens there"), "{error}");
+    }
+
+    #[test]
+    fn folders_that_will_not_do() {
+        let parent = tempfile::tempdir().unwrap();
+        let (link, file) = (parent.path().join("link"), parent.path().join("file"));
+        std::os::unix::fs::symlink(parent.path(), &link).unwrap();
+        std::fs::write(&file, "").unwrap();
+        for folder in [&link, &file, &parent.path().join("no/folder")] {
+            let error = format!("{:#}", OwnSocket::bind(folder).unwrap_err());
+            assert!(error.contains(folder.to_str().unwrap()), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 2);
+        assert_eq!(sockets(&parent.path().join("no")).unwrap(), []);
+        assert!(sockets(&file).is_err());
+    }
+}
