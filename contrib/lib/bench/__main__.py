@@ -6,6 +6,7 @@ import sys
 
 import cells
 import chart
+import fuse
 import machine
 import net
 import process
@@ -21,6 +22,7 @@ contrib/bench - measures nbdbridge beside its peers, on the same image, in turn,
   contrib/bench --quick     the headline cells, in less than three minutes
   contrib/bench             everything: about an hour
   contrib/bench --scaling   cost and memory against connections and exports, 1 to 1000
+  contrib/bench --fuse      FUSE files
 
 Installs what is missing by apt, builds the release program, and leaves nothing behind. Each cell is run once per server
 and round, in turn (A B C, A B C), with a server started afresh; medians are shown. Everybody runs with default options.
@@ -28,7 +30,7 @@ Exit status 0: every run went well; 1: some failed, and are named; 130: interrup
 
 # A suite is a module with NAME and HELP; tools(settings): what has to be installed; forecast_seconds(settings); and
 # run(settings, records, say), which appends a Record for each run. Tables, chart and JSON need no more than that.
-SUITES = {suite.NAME: suite for suite in (net, scaling)}
+SUITES = {suite.NAME: suite for suite in (net, scaling, fuse)}
 
 PRESETS = {
     "quick": {"rounds": 1, "seconds": 1, "size_mib": 256, "storages": ["tmpfs", "disk"], "transports": ["unix"],

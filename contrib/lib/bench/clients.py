@@ -63,7 +63,11 @@ def fio_command(job):
 
 def fio(job):
     # A flush of what was written at the page cache's pace may take its time.
-    done = run_client(fio_command(job), job.seconds * 10 + 300)
+    return fio_outcome(run_client(fio_command(job), job.seconds * 10 + 300), job.cell)
+
+
+def fio_outcome(done, cell):
+    """What fio's JSON says, of one group with reads and writes put together."""
     try:
         # Notices may come before the JSON.
         group = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
@@ -71,7 +75,7 @@ def fio(job):
         if group["error"] or not both["total_ios"]:
             raise Failed(f"fio: error {group['error']} after {both['total_ios']} I/Os")
         return Outcome(
-            rate=both["iops"] if job.cell.unit == "IOPS" else both["bw_bytes"] / 1e6,
+            rate=both["iops"] if cell.unit == "IOPS" else both["bw_bytes"] / 1e6,
             count=both["total_ios"], cpu_seconds=done.cpu_seconds,
             p50_us=slow["50.000000"] / 1e3, p99_us=slow["99.000000"] / 1e3, p999_us=slow["99.900000"] / 1e3)
     except (ValueError, KeyError, IndexError) as error:
