@@ -12,6 +12,7 @@ import net
 import process
 import report
 import scaling
+import sources
 from clients import CLIENTS
 from machine import say
 from servers import SERVERS
@@ -30,7 +31,7 @@ Exit status 0: every run went well; 1: some failed, and are named; 130: interrup
 
 # A suite is a module with NAME and HELP; tools(settings): what has to be installed; forecast_seconds(settings); and
 # run(settings, records, say), which appends a Record for each run. Tables, chart and JSON need no more than that.
-SUITES = {suite.NAME: suite for suite in (net, scaling, fuse)}
+SUITES = {suite.NAME: suite for suite in (net, scaling, fuse, sources)}
 
 PRESETS = {
     "quick": {"rounds": 1, "seconds": 1, "size_mib": 256, "storages": ["tmpfs", "disk"], "transports": ["unix"],
