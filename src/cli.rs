@@ -15,6 +15,7 @@ mod net;
 mod process;
 mod qemu;
 mod source;
+mod ublk;
 mod values;
 
 use std::ffi::OsString;
@@ -28,6 +29,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub(crate) use net::{DEFAULT_PORT, NetArgs};
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
+pub(crate) use ublk::{DetachArgs, DevicesArgs, RecoverArgs, UblkArgs};
 pub(crate) use values::{AioMode, CacheMode, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
@@ -38,6 +40,14 @@ const USAGE_STATUS: u8 = 2;
 pub(crate) enum Action {
     /// `nbdbridge net`: serve.
     Serve(Box<ServeArgs>),
+    /// `nbdbridge ublk`: serve as a block device.
+    Ublk(Box<ServeArgs>),
+    /// `nbdbridge ublk --recover`: take a device over.
+    Recover(Box<RecoverArgs>),
+    /// `nbdbridge devices`: list them.
+    Devices(DevicesArgs),
+    /// `nbdbridge detach`: end one.
+    Detach(DetachArgs),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
     /// `nbdbridge completions`: print a completion script.
@@ -62,6 +72,8 @@ pub(crate) struct ServeArgs {
 pub(crate) enum DoorArgs {
     /// The NBD server.
     Net(NetArgs),
+    /// The kernel device.
+    Ublk(UblkArgs),
 }
 
 impl DoorArgs {
@@ -69,6 +81,23 @@ impl DoorArgs {
     pub(crate) fn net(&self) -> Option<&NetArgs> {
         match self {
             DoorArgs::Net(args) => Some(args),
+            DoorArgs::Ublk(_) => None,
+        }
+    }
+
+    /// The kernel device, if it is one.
+    pub(crate) fn ublk(&self) -> Option<&UblkArgs> {
+        match self {
+            DoorArgs::Ublk(args) => Some(args),
+            DoorArgs::Net(_) => None,
+        }
+    }
+
+    /// The same, to change it.
+    pub(crate) fn ublk_mut(&mut self) -> Option<&mut UblkArgs> {
+        match self {
+            DoorArgs::Ublk(args) => Some(args),
+            DoorArgs::Net(_) => None,
         }
     }
 }
@@ -113,6 +142,12 @@ struct Cli {
 enum Words {
     /// Serve disk images to NBD clients
     Net(Box<net::NetCommand>),
+    /// Give this host a block device
+    Ublk(Box<ublk::UblkCommand>),
+    /// List the block devices that `ublk` has made
+    Devices(DevicesArgs),
+    /// End a block device
+    Detach(DetachArgs),
     /// Make an empty disk image
     Create(create::CreateArgs),
     /// Print a completion script for a shell
@@ -126,7 +161,8 @@ enum Words {
 
 /// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
-    let matches = command().try_get_matches_from(args).map_err(|error| answer(&error))?;
+    let args: Vec<OsString> = args.into_iter().collect();
+    let matches = command().try_get_matches_from(&args).map_err(|error| answer(&error))?;
     if let Some(line) = matches.subcommand_matches("net").and_then(qemu::answer) {
         return Err(report(&UsageError::new(line).into()));
     }
@@ -135,6 +171,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Ok(args) => Ok(Action::Serve(Box::new(args))),
             Err(error) => Err(report(&error.into())),
         },
+        Words::Ublk(flags) => flags.into_action(args[2..].to_vec()).map_err(|error| report(&error.into())),
+        Words::Devices(args) => Ok(Action::Devices(args)),
+        Words::Detach(args) => Ok(Action::Detach(args)),
         Words::Create(args) => Ok(Action::Create(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }

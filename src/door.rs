@@ -2,6 +2,7 @@
 //! go together is `serve`'s business; what goes through one is its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use bridge::worker::Workers;
@@ -10,6 +11,7 @@ use bridge::{Export, LocalFuture};
 use crate::cli::DoorArgs;
 use crate::net::NetDoor;
 use crate::systemd::PassedSocket;
+use crate::ublk::{self, UblkDoor};
 
 /// A way to the exports that is open. It is driven on the main thread's event loop; the data path runs elsewhere.
 pub(crate) trait Door {
@@ -45,5 +47,30 @@ pub(crate) struct Site<'a> {
 pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn Door>> {
     match door {
         DoorArgs::Net(args) => Ok(Box::new(NetDoor::open(args, site)?)),
+        DoorArgs::Ublk(args) => Ok(Box::new(UblkDoor::open(args, site)?)),
     }
+}
+
+/// What the doors want of the process before a source is opened.
+///
+/// # Errors
+/// One line that says why a door cannot be opened, where that is known before anything is touched.
+pub(crate) fn before_sources(doors: &[DoorArgs]) -> Result<()> {
+    if doors.iter().any(|door| door.ublk().is_some()) {
+        ublk::before_sources()?;
+    }
+    Ok(())
+}
+
+/// What they want once the sources are open, and there are no threads yet.
+pub(crate) fn before_threads(doors: &[DoorArgs]) {
+    if doors.iter().any(|door| door.ublk().is_some()) {
+        ublk::before_threads();
+    }
+}
+
+/// How long a source may be locked by a process that has died.
+pub(crate) fn patience(doors: &[DoorArgs]) -> Duration {
+    let recovering = doors.iter().filter_map(DoorArgs::ublk).filter(|ublk| ublk.recover.is_some());
+    recovering.map(|ublk| ublk.recover_timeout).max().unwrap_or_default()
 }

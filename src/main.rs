@@ -9,13 +9,16 @@ mod net;
 mod serve;
 mod size;
 mod systemd;
+mod ublk;
 mod uri;
 
+use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use cli::Action;
+use cli::{Action, DevicesArgs, RecoverArgs};
 
 fn main() -> ExitCode {
     allocator::keep_little();
@@ -32,7 +35,45 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(args.process.verbose)?;
             serve::run(&args)
         }
+        Action::Ublk(args) => {
+            cli::logging::init(args.process.verbose)?;
+            ublk::run(*args)
+        }
+        Action::Recover(args) => {
+            cli::logging::init(args.verbose())?;
+            recover(*args)
+        }
+        Action::Devices(args) => devices(&args).map(|()| ExitCode::SUCCESS),
+        Action::Detach(args) => ublk::detach(&args.device, args.force).map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
+}
+
+/// Takes a device over, with the command line that it was made with, in the folder where that was given.
+fn recover(recover: RecoverArgs) -> Result<ExitCode> {
+    let record = ublk::remembered(recover.id)?;
+    let folder = record.folder();
+    std::env::set_current_dir(&folder)
+        .with_context(|| format!("{}: the device was made in this folder", folder.display()))?;
+    let words = [OsString::from("nbdbridge"), OsString::from("ublk")].into_iter().chain(record.words());
+    match cli::parse(words) {
+        Ok(Action::Ublk(mut args)) => {
+            recover.apply(&mut args);
+            ublk::run(*args)
+        }
+        Ok(_) => anyhow::bail!("what is remembered of ublk device {} makes no sense", recover.id),
+        Err(status) => Ok(status),
+    }
+}
+
+fn devices(args: &DevicesArgs) -> Result<()> {
+    let text = match &args.owner {
+        Some(device) => ublk::owner(device)?,
+        None if args.features => ublk::features()?,
+        None => ublk::devices()?,
+    };
+    // Whoever asked may not want to hear it all.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
 }
