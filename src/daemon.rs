@@ -65,7 +65,12 @@ pub(crate) fn fork(keep_stderr: bool) -> Result<Forked> {
 /// # Errors
 /// The process has threads already (they would be missing in the child), or the operating system refuses.
 pub(crate) fn split() -> Result<Option<Pid>> {
-    let threads = std::fs::read_dir("/proc/self/task").context("cannot count the threads")?.count();
+    let tasks = std::fs::read_dir("/proc/self/task").context("cannot count the threads")?;
+    // io_uring's workers run nothing of ours, and a child has none of them.
+    let worker = |folder: &Path| {
+        std::fs::read_to_string(folder.join("comm")).is_ok_and(|name| name.starts_with("iou-wrk-"))
+    };
+    let threads = tasks.flatten().filter(|task| !worker(&task.path())).count();
     if threads != 1 {
         bail!("a process must be split before it has threads, and there are {threads}");
     }

@@ -52,7 +52,7 @@ fn run(action: Action) -> Result<ExitCode> {
 
 /// Takes a device over, with the command line that it was made with, in the folder where that was given.
 fn recover(recover: RecoverArgs) -> Result<ExitCode> {
-    let record = ublk::remembered(recover.id)?;
+    let record = ublk::left(recover.id)?;
     let folder = record.folder();
     std::env::set_current_dir(&folder)
         .with_context(|| format!("{}: the device was made in this folder", folder.display()))?;

@@ -28,7 +28,6 @@ use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
 pub(crate) use list::{detach, devices, features, owner};
-pub(crate) use state::remembered;
 pub(crate) use supervise::run;
 
 /// What the process must be before it opens a source; a kernel without ublk is told first.
@@ -44,4 +43,13 @@ pub(crate) fn before_sources() -> Result<()> {
 /// What it must be before it makes threads.
 pub(crate) fn before_threads() {
     memory::leave_mounts();
+}
+
+/// What is remembered of a device whose process has died.
+///
+/// # Errors
+/// One line: it is none of ours, it is gone, or somebody serves it.
+pub(crate) fn left(id: u32) -> Result<state::Record> {
+    device::check_left(id)?;
+    state::remembered(id)
 }

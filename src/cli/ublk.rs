@@ -168,7 +168,13 @@ impl UblkCommand {
         if wished && in_memory {
             return Err(UsageError::new("mem:SIZE ends with its process, and cannot be --recoverable"));
         }
-        let recoverable = device.recoverable.unwrap_or(image.lock && !in_memory);
+        if wished && device.unprivileged {
+            return Err(UsageError::new(
+                "the kernel lets no user's device be taken over: --unprivileged excludes --recoverable",
+            ));
+        }
+        let able = image.lock && !in_memory && !device.unprivileged;
+        let recoverable = device.recoverable.unwrap_or(able);
         if device.supervise && !recoverable {
             return Err(UsageError::new("--supervise needs a recoverable device"));
         }

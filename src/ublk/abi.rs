@@ -50,6 +50,7 @@ pub(super) const START_USER_RECOVERY: Command = Command::control(0x10, READ_WRIT
 pub(super) const END_USER_RECOVERY: Command = Command::control(0x11, READ_WRITE);
 pub(super) const GET_DEV_INFO2: Command = Command::control(0x12, READ);
 pub(super) const GET_FEATURES: Command = Command::control(0x13, READ);
+pub(super) const DEL_DEV_ASYNC: Command = Command::control(0x14, READ);
 pub(super) const UPDATE_SIZE: Command = Command::control(0x15, READ_WRITE);
 
 pub(super) const FETCH_REQ: Command = Command::io(0x20);

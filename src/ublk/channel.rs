@@ -54,9 +54,12 @@ impl Channel {
         let descriptors = Map::of_device(&device, size(depth), offset)?;
         let io_size = usize::try_from(info.max_io_buf_bytes).unwrap_or(usize::MAX);
         let data = if info.features().contains(Features::USER_COPY) {
-            Data::Copied(vec![0; io_size].into_boxed_slice())
+            // Not zeroes: the allocator would leave them to the first use.
+            Data::Copied(vec![1; io_size].into_boxed_slice())
         } else {
-            Data::Shared(Map::anonymous(io_size * usize::from(depth))?, io_size)
+            // A user's memory is not locked: there is no use in taking it now.
+            let now = !info.features().contains(Features::UNPRIVILEGED_DEV);
+            Data::Shared(Map::anonymous(io_size * usize::from(depth), now)?, io_size)
         };
         let encoded = info.features().contains(Features::CMD_IOCTL_ENCODE);
         Ok(Channel { ring, descriptors, device, queue, depth, encoded, data })
@@ -245,9 +248,9 @@ impl Map {
         Ok(Map { address: NonNull::new(address.cast()).ok_or(Errno::NOMEM)?, len })
     }
 
-    /// Memory of our own.
-    fn anonymous(len: usize) -> Result<Self, Errno> {
-        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+    /// Memory of our own, which is there `now` or when it is touched.
+    fn anonymous(len: usize, now: bool) -> Result<Self, Errno> {
+        let flags = if now { MapFlags::PRIVATE | MapFlags::POPULATE } else { MapFlags::PRIVATE };
         // SAFETY: as above.
         let address =
             unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? };
@@ -288,7 +291,7 @@ mod tests {
 
     #[test]
     fn parts_of_tags() {
-        let mut map = Map::anonymous(4 * 8192).unwrap();
+        let mut map = Map::anonymous(4 * 8192, false).unwrap();
         for tag in 0..4_u8 {
             map.part(u16::from(tag), 8192).fill(tag);
         }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use io_uring::squeue::Entry128;
@@ -131,9 +132,20 @@ impl Control {
         self.execute(abi::STOP_DEV, device.dev_id, of(device))
     }
 
-    /// Deletes the device, stopping it where it is not. Waits until nobody has the character device open.
+    /// Deletes the device, stopping it where it is not. Where a file system on it is still mounted, the number is free
+    /// once that is gone; kernels that can do nothing else (before 6.9) wait for it here.
     pub(super) fn delete(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
-        self.execute(abi::DEL_DEV, device.dev_id, of(device))
+        match self.execute(abi::DEL_DEV_ASYNC, device.dev_id, of(device)) {
+            Ok(()) => {}
+            Err(Errno::NODEV) => return Err(Errno::NODEV),
+            Err(_) => return self.execute(abi::DEL_DEV, device.dev_id, of(device)),
+        }
+        // The usual case is over in a moment, and then the number can be used again.
+        let until = Instant::now() + Duration::from_millis(500);
+        while self.info(device.dev_id).is_ok() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Begins to take a device over whose process is gone.

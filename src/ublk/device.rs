@@ -207,7 +207,11 @@ impl Device {
     pub(super) fn stop(self, patience: Duration) -> bool {
         let Device { info, common, character, queues, mut running } = self;
         let id = info.dev_id;
-        let stopped = in_background(move || Control::open()?.stop(&info).context("cannot stop the device"));
+        let stopped = in_background(move || match Control::open()?.stop(&info) {
+            // Somebody else was quicker.
+            Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
+            Err(errno) => Err(anyhow!(errno).context("cannot stop the device")),
+        });
         let in_time = match stopped.recv_timeout(patience.max(Duration::from_millis(100))) {
             Ok(done) => done,
             Err(_) => {
@@ -279,7 +283,8 @@ fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
         );
         flags = flags.with(Features::UNPRIVILEGED_DEV);
     }
-    if args.kernel_copy {
+    // The kernel lets no user's process fill others' memory by itself.
+    if args.kernel_copy || args.unprivileged {
         flags = Features(flags.0 & !Features::USER_COPY.0);
     }
     Ok(DeviceInfo {
@@ -358,6 +363,22 @@ fn wait_until_it_works(id: u32, size: u64) -> Result<()> {
         }
         Err(errno) => Err(anyhow!(errno).context(format!("{path}: does not work"))),
     }
+}
+
+/// Whether a device can be taken over as far as is known before anything is opened.
+///
+/// # Errors
+/// One line: it is gone, or somebody serves it.
+pub(super) fn check_left(id: u32) -> Result<()> {
+    let mut control = Control::open()?;
+    let info = control.info(id).map_err(|_| anyhow!("{}: no such ublk device", block_path(id)))?;
+    ensure!(
+        info.state() != State::Live || !is_alive(info.ublksrv_pid),
+        "{}: is served by process {}",
+        block_path(id),
+        info.ublksrv_pid
+    );
+    Ok(())
 }
 
 /// Waits until the process that had the device is gone and the kernel knows it.

@@ -2,6 +2,7 @@
 //! remembered, so that they need no process to be alive.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -119,8 +120,9 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
     while control.info(id).is_ok() {
         thread::sleep(Duration::from_millis(10));
         let waited = started.elapsed();
-        if !is_alive(info.ublksrv_pid) && force {
-            return device::bury(&mut control, id);
+        if !is_alive(info.ublksrv_pid) {
+            // A mount on a device that is dead keeps its number, and nothing else.
+            return if Path::new(&path).exists() { device::bury(&mut control, id) } else { Ok(()) };
         }
         if force && !forced && waited > Duration::from_millis(700) {
             // The first was for a device that is free; a second one ends it although it is not.

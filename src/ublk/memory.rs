@@ -9,9 +9,14 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
 
 /// `PR_SET_IO_FLUSHER` (linux/prctl.h, 5.6).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// What is there and what will be, once it has been touched.
+const LOCK: libc::c_int = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
 
 /// File systems that cannot be on a disk of ours, and that a process needs.
 const KEPT: [&str; 14] = [
@@ -40,12 +45,20 @@ pub(super) fn serve_reclaim() {
         let error = io::Error::last_os_error();
         tracing::warn!(%error, "not marked as I/O flusher (CAP_SYS_RESOURCE): when memory is short, the device can hang");
     }
+    // Under a limit, the lock would make the next thread's stack fail.
+    let limited = getrlimit(Resource::Memlock).current.is_some() && !may_lock();
     // SAFETY: no memory is passed.
-    let locked = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
-    if locked != 0 {
-        let error = io::Error::last_os_error();
-        tracing::warn!(%error, "memory is not locked (CAP_IPC_LOCK, or ulimit -l): do not swap to the device");
+    let locked = !limited && unsafe { libc::mlockall(LOCK) } == 0;
+    if !locked {
+        tracing::warn!(
+            "memory is not locked (CAP_IPC_LOCK, or ulimit -l unlimited): do not swap to the device"
+        );
     }
+}
+
+/// Whether limits on locked memory are for others.
+fn may_lock() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK))
 }
 
 /// Gives this thread, and the threads that it starts, mounts of their own, without the file systems that can be on a

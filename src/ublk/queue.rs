@@ -67,8 +67,10 @@ pub(super) async fn serve(
     common: Arc<Common>,
     ready: impl FnOnce() -> bool,
 ) -> io::Result<()> {
-    let reserve: Vec<Buffer> =
+    let mut reserve: Vec<Buffer> =
         RESERVE.iter().flat_map(|(size, count)| (0..*count).map(|_| Buffer::new(*size))).collect();
+    // Memory is there once it has been written to. Given back, the buffers wait in this thread's store.
+    reserve.iter_mut().for_each(|buffer| buffer.fill(1));
     drop(reserve);
     let depth = channel.depth();
     for tag in 0..depth {

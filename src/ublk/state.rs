@@ -130,7 +130,7 @@ fn read_in(folder: &Path, id: u32) -> Option<Record> {
 ///
 /// # Errors
 /// One line that says so.
-pub(crate) fn remembered(id: u32) -> Result<Record> {
+pub(super) fn remembered(id: u32) -> Result<Record> {
     read(id).ok_or_else(|| {
         let path = path_in(&folder(), id);
         anyhow!(

@@ -167,7 +167,9 @@ fn supervise(args: &mut ServeArgs, ready: Ready) -> Result<ExitCode> {
     let status = loop {
         let started = Instant::now();
         let (status, told) = serve_in_child(args, &mut ready, &signals)?;
-        let Some(id) = told.device.filter(|_| !told.gone) else { break exit_code(status) };
+        // One that was to take over and did not come so far has left the device as it was.
+        let device = told.device.or(args.ublk().and_then(|ublk| ublk.recover));
+        let Some(id) = device.filter(|_| !told.gone) else { break exit_code(status) };
         let mut control = Control::open()?;
         let left = control.info(id).is_ok_and(|info| {
             info.state() != State::Live || info.ublksrv_pid == status.pid || !is_alive(info.ublksrv_pid)
