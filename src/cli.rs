@@ -9,6 +9,7 @@
 //!
 //! Usage errors are one line on stderr and exit status 2; help and version are clap's.
 
+mod bench;
 pub(crate) mod create;
 pub(crate) mod logging;
 mod net;
@@ -26,7 +27,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-pub(crate) use net::{DEFAULT_PORT, NetArgs};
+pub(crate) use bench::{BenchArgs, End};
+pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, SourceArgs};
 pub(crate) use ublk::{DetachArgs, DevicesArgs, RecoverArgs, UblkArgs};
@@ -50,6 +52,8 @@ pub(crate) enum Action {
     Detach(DetachArgs),
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
+    /// `nbdbridge bench`: measure a server.
+    Bench(Box<BenchArgs>),
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -150,6 +154,8 @@ enum Words {
     Detach(DetachArgs),
     /// Make an empty disk image
     Create(create::CreateArgs),
+    /// Measure an NBD server
+    Bench(Box<bench::BenchCommand>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -175,6 +181,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         Words::Devices(args) => Ok(Action::Devices(args)),
         Words::Detach(args) => Ok(Action::Detach(args)),
         Words::Create(args) => Ok(Action::Create(args)),
+        Words::Bench(flags) => match flags.into_args() {
+            Ok(args) => Ok(Action::Bench(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
 }

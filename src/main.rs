@@ -2,6 +2,7 @@
 
 mod allocator;
 mod assemble;
+mod bench;
 mod cli;
 mod daemon;
 mod door;
@@ -10,7 +11,6 @@ mod serve;
 mod size;
 mod systemd;
 mod ublk;
-mod uri;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -46,6 +46,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Devices(args) => devices(&args).map(|()| ExitCode::SUCCESS),
         Action::Detach(args) => ublk::detach(&args.device, args.force).map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -16,6 +16,7 @@ mod connection;
 mod directory;
 mod door;
 mod input;
+mod linger;
 mod listener;
 mod output;
 mod pass;

@@ -77,7 +77,7 @@ fn a_log_filter_that_makes_no_sense() {
 #[test]
 fn help_lists_everything() {
     let help = stdout(&["--help"]);
-    for word in ["net", "create", "completions", "--version", "nbdbridge net disk.img"] {
+    for word in ["net", "create", "bench", "completions", "--version", "nbdbridge net disk.img"] {
         assert!(help.contains(word), "{word}");
     }
     let help = stdout(&["net", "--help"]);

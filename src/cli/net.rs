@@ -7,15 +7,13 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use nbd_proto::DEFAULT_PORT;
 
 use super::process::ProcessFlags;
 use super::source::{ExportArg, SourceFlags};
 use super::values::{self, Host, Listen, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 use crate::net::Settings;
-
-/// The port that the protocol's registration names.
-pub(crate) const DEFAULT_PORT: u16 = 10809;
 
 /// What the NBD server was asked to do.
 #[derive(Debug)]

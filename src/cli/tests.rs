@@ -16,8 +16,10 @@ fn serve(line: &str) -> ServeArgs {
 }
 
 fn net(line: &str) -> NetArgs {
-    let [DoorArgs::Net(net)] = <[DoorArgs; 1]>::try_from(serve(line).doors).expect(line);
-    net
+    match <[DoorArgs; 1]>::try_from(serve(line).doors) {
+        Ok([DoorArgs::Net(net)]) => net,
+        other => panic!("{line}: {other:?}"),
+    }
 }
 
 fn refused(line: &str) {

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use bridge::{Export, LocalFuture};
+use nbd_proto::uri::Uri;
 
 use super::listener::{Listener, Local, bind};
 use super::server::{Server, Settings};
 use crate::cli::{NetArgs, ProcessArgs};
 use crate::door::{Door, Site};
-use crate::uri;
 
 /// A client that stops for so long in the middle of a request is dropped.
 const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,10 +60,10 @@ impl Door for NetDoor {
         for listener in self.listeners.borrow().iter() {
             for export in &self.exports {
                 match listener.local() {
-                    Local::Tcp(address) => lines.push(uri::tcp(address, export.name())),
+                    Local::Tcp(address) => lines.push(Uri::tcp(address, export.name()).to_string()),
                     Local::Unix(path) => {
                         let path = absolute(&path).unwrap_or(path);
-                        lines.push(uri::unix(&path, export.name()));
+                        lines.push(Uri::unix(&path, export.name()).to_string());
                     }
                     Local::Unnamed => {}
                 }

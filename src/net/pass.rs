@@ -85,6 +85,7 @@ impl Reader {
             return Ok(Step::Stop(Stop::Full));
         }
         let head = WireRequest::header_len(extended);
+        self.taken += 1;
         self.worked = wire.length.max(SMALL_WORK_BYTES);
         let contexts = self.connection.allocation_context.is_some();
         let request =

@@ -49,7 +49,11 @@ impl Reader {
             let Some(tail) = arena.tail(head + len) else { return Ok(Step::Stop(Stop::Full)) };
             let data = &mut tail[head..];
             match self.connection.export.try_execute(&request, Data::Into(&mut *data), arrived) {
-                Some(Ok(())) if len == 0 => self.answer_done(wire, arena),
+                Some(Ok(())) if len == 0 => {
+                    let (cookie, offset) = (wire.cookie, wire.offset);
+                    arena.put_head(|out| put_data_header(style, cookie, offset, offset, 0, true, out));
+                    arena.count_answer();
+                }
                 Some(Ok(())) => {
                     // The head of a hole is longer than that of data, by less than four bytes of data.
                     let hole = len >= 4 && style != ReplyStyle::Simple && !whole && is_zero(data);

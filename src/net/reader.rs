@@ -3,9 +3,10 @@
 //! No slot, no memory, no room for answers: then the reader stops taking in, the socket fills, and the peer is
 //! slowed. What is done with the bytes is in `pass`.
 
+use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
-use std::task::{Poll, ready};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bridge::Charge;
@@ -13,6 +14,7 @@ use bridge::Charge;
 use super::arena::{Arena, RECEIVE_BYTES, SCRATCH, Scratch};
 use super::connection::{Connection, ready_if};
 use super::input::{Input, Stop};
+use super::linger::{self, Linger};
 use super::socket::HangUp;
 
 /// A client that ended its half of the connection is believed to be there for so long.
@@ -38,6 +40,9 @@ pub(super) struct Reader {
     pub(super) arena_charge: Option<Charge>,
     /// The length of the last request taken in: a measure of the work it made.
     pub(super) worked: u64,
+    /// Requests taken in since the last wait.
+    pub(super) taken: u32,
+    linger: Linger,
     /// Whether to look for more requests before answers are sent, and after it before waiting.
     before_send: Look,
     after_send: Look,
@@ -53,6 +58,8 @@ impl Reader {
             input: Input::new(first),
             arena_charge: None,
             worked: 0,
+            taken: 0,
+            linger: Linger::new(),
             before_send: Look::default(),
             after_send: Look::default(),
             looked: false,
@@ -126,11 +133,32 @@ impl Reader {
         Ok(())
     }
 
+    /// Waits for bytes for a moment without sleeping, while others have their turn. Whether there are some. Cancel-safe.
+    async fn stay_awake(&self) -> bool {
+        let begun = Instant::now();
+        loop {
+            let readable =
+                |cx: &mut Context<'_>| Poll::Ready(self.connection.socket.poll_readable(cx).is_ready());
+            if poll_fn(readable).await {
+                return true;
+            }
+            if begun.elapsed() >= linger::LIMIT {
+                return false;
+            }
+            // Between two turns the worker looks for events, and does not sleep where somebody has yielded.
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Waits for bytes, receives them, and makes a pass over all there are.
     async fn receive(&mut self) -> io::Result<Stop> {
         let connection = self.connection.clone();
         let midway = self.input.is_midway();
         let looked = self.looked;
+        if !midway && self.linger.decide(std::mem::take(&mut self.taken), processor_time) {
+            let found = self.stay_awake().await;
+            self.linger.ended(found);
+        }
         let wait = connection.reader_wait(|cx| {
             if connection.is_closed() {
                 return Poll::Ready(Ok(None));
@@ -262,6 +290,12 @@ impl Look {
     fn found(&mut self, something: bool) {
         self.eager = if something { EAGER_LOOKS } else { self.eager.saturating_sub(1) };
     }
+}
+
+/// What this worker has used up.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 fn gone() -> io::Error {

@@ -1,9 +1,13 @@
 //! Magic numbers and limits, as the protocol document gives them.
 
+/// The TCP port IANA gave NBD.
+pub const DEFAULT_PORT: u16 = 10_809;
 /// `NBDMAGIC` in ASCII, the first eight bytes a server sends (section "Newstyle negotiation").
 pub const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
 /// `IHAVEOPT` in ASCII: second word of the greeting, first word of every option.
 pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
+/// Second word of an oldstyle greeting, `cliserv_magic` (section "Oldstyle negotiation"): no options, one export.
+pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// First word of every option reply (section "Fixed newstyle negotiation").
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// `NBD_REQUEST_MAGIC`: first word of a compact, 28-byte request.

@@ -54,16 +54,16 @@ pub trait Directory {
 /// A metadata context that the client selected.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MetaContext {
-    /// Position in [`Directory::contexts`], and the id in every block status chunk.
+    /// The id in every block status chunk; this crate's server takes the position in [`Directory::contexts`].
     pub id: u32,
     /// Namespace, colon, leaf name.
     pub name: String,
 }
 
-/// The outcome of a handshake.
+/// The outcome of a handshake, for either side.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Negotiated {
-    /// Canonical name of the export.
+    /// Canonical name of the export; to a client, the name it asked for if the server did not tell another.
     pub export: String,
     /// The export as it was told to the client; `flags` are the ones sent.
     pub info: ExportInfo,
@@ -73,7 +73,8 @@ pub struct Negotiated {
     pub contexts: Vec<MetaContext>,
     /// The flags the client sent after the greeting.
     pub client_flags: ClientFlags,
-    /// The client asked for `NBD_INFO_BLOCK_SIZE` and so promised to keep to it.
+    /// The client asked for `NBD_INFO_BLOCK_SIZE` and so promised to keep to it. To a client: the server told
+    /// its block sizes; those in `info` are assumed otherwise.
     pub honours_block_size: bool,
     /// The options came over TLS.
     pub encrypted: bool,

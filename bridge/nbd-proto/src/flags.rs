@@ -199,6 +199,13 @@ impl TransmissionFlags {
         }
         flags
     }
+
+    /// What a client may rely on of the flags a server sent: a flag without the one it needs, or one that
+    /// `style` rules out, is not kept; and without `HAS_FLAGS` the field means nothing.
+    #[must_use]
+    pub fn trusted(self, style: ReplyStyle) -> Self {
+        if self.contains(Self::HAS_FLAGS) { self & self.advertised(style) } else { Self::empty() }
+    }
 }
 
 #[cfg(test)]
@@ -214,6 +221,16 @@ mod tests {
         let none = TransmissionFlags::empty();
         assert_eq!(none.advertised(ReplyStyle::Simple), TransmissionFlags::HAS_FLAGS);
         assert_eq!(TransmissionFlags::SEND_FAST_ZERO.advertised(ReplyStyle::Simple).0, 1);
+    }
+
+    #[test]
+    fn trusted_flags_are_none_that_were_not_sent() {
+        let all = TransmissionFlags(0xffff);
+        for style in [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended] {
+            assert_eq!(all.trusted(style), all.advertised(style));
+            assert_eq!(TransmissionFlags::HAS_FLAGS.trusted(style).0, 1);
+            assert_eq!(TransmissionFlags(0xfffe).trusted(style).0, 0);
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::error::CloseReason;
 use crate::export::{Directory, Negotiated};
 use crate::flags::{ClientFlags, HandshakeFlags};
 use crate::option::{OptReply, OptionCode, Replies, Session, info, list, meta, upgrade};
-use crate::wire::Reader;
+use crate::wire::{Reader, fill};
 
 /// The server's half of one connection's handshake.
 ///
@@ -358,14 +358,6 @@ impl Handshake {
 const TOO_BIG: AfterSkip = AfterSkip::Refuse(OptReply::ErrTooBig, "too much data for an option");
 const SHUTDOWN_TEXT: &str = "the server is shutting down";
 const SHUTDOWN: AfterSkip = AfterSkip::Refuse(OptReply::ErrShutdown, SHUTDOWN_TEXT);
-
-/// Moves bytes from `rest` until `partial` has `need` of them; whether it has.
-fn fill(partial: &mut Vec<u8>, rest: &mut &[u8], need: usize) -> bool {
-    let (taken, left) = rest.split_at(need.saturating_sub(partial.len()).min(rest.len()));
-    partial.extend_from_slice(taken);
-    *rest = left;
-    partial.len() >= need
-}
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,8 @@
 //! * [`Request`] and the reply encoders (`put_*`), for the transmission phase, in all three [`ReplyStyle`]s;
 //! * [`Reply`], the client's view of the same bytes;
 //! * [`Handshake`], the server side of the fixed newstyle negotiation, fed with any cut of the client's bytes;
-//! * [`put_option`] and [`OptionReply`], the client's view of the negotiation.
+//! * [`ClientHandshake`], the client side of it, and below it [`put_option`] and [`OptionReply`];
+//! * [`uri`], the addresses of exports.
 //!
 //! ```text
 //!   socket bytes --> Handshake::advance --> Step::Transmission(Negotiated)
@@ -24,6 +25,7 @@
 //! [spec]: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
 
 mod chunk;
+mod client;
 mod consts;
 mod error;
 mod export;
@@ -35,9 +37,11 @@ mod reply;
 mod request;
 #[cfg(test)]
 mod testing;
+pub mod uri;
 mod wire;
 
 pub use chunk::{ChunkHeader, ChunkType, ReplyStyle};
+pub use client::{ClientError, ClientHandshake, ClientLimits, ClientStep, Goal, Listed, Wants};
 pub use consts::*;
 pub use error::{BadMagic, BadReply, CloseReason, NbdError};
 pub use export::{Directory, ExportInfo, MetaContext, Negotiated};

@@ -21,13 +21,15 @@ pub fn simple_reply(cookie: u64, error: Option<NbdError>) -> [u8; SIMPLE_REPLY_L
     reply
 }
 
-/// Success, for a command without payload in its answer: a simple reply, or an `NBD_REPLY_TYPE_NONE` chunk.
+/// Success of a command other than READ that has nothing to hand over: an `NBD_REPLY_TYPE_NONE` chunk with extended
+/// headers, else a simple reply. Structured replies allow one where there is no payload (section "Simple reply
+/// message"), and it saves clients a receive: they take 16 bytes first, to see which of the two it is.
 #[inline]
 pub fn put_done(style: ReplyStyle, cookie: u64, request_offset: u64, out: &mut Vec<u8>) {
-    if style == ReplyStyle::Simple {
-        out.extend_from_slice(&simple_reply(cookie, None));
-    } else {
+    if style.extended() {
         put_chunk(style, ChunkType::None, cookie, request_offset, 0, true, out);
+    } else {
+        out.extend_from_slice(&simple_reply(cookie, None));
     }
 }
 
@@ -71,8 +73,8 @@ fn put_error_chunk(
 /// What precedes `data_len` bytes of a successful read: an `NBD_REPLY_TYPE_OFFSET_DATA` chunk up to and with
 /// its offset, or the simple reply, in which case the data must be the whole read. The caller sends the data.
 ///
-/// `data_offset` is the place of the data in the export. No chunk may be empty: with `data_len` 0 this puts
-/// [`put_done`]'s chunk if `done`, and otherwise nothing.
+/// `data_offset` is the place of the data in the export. No data chunk may be empty: with `data_len` 0 this puts an
+/// `NBD_REPLY_TYPE_NONE` chunk if `done`, and otherwise nothing.
 #[inline]
 pub fn put_data_header(
     style: ReplyStyle,
@@ -87,7 +89,7 @@ pub fn put_data_header(
         out.extend_from_slice(&simple_reply(cookie, None));
     } else if data_len == 0 {
         if done {
-            put_done(style, cookie, request_offset, out);
+            put_chunk(style, ChunkType::None, cookie, request_offset, 0, true, out);
         }
     } else {
         let length = 8 + u64::from(data_len);

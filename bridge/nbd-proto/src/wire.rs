@@ -71,6 +71,14 @@ pub(crate) fn bounded_text(text: &str) -> &str {
     &text[..end]
 }
 
+/// Moves bytes from `rest` until `partial` has `need` of them; whether it has.
+pub(crate) fn fill(partial: &mut Vec<u8>, rest: &mut &[u8], need: usize) -> bool {
+    let (taken, left) = rest.split_at(need.saturating_sub(partial.len()).min(rest.len()));
+    partial.extend_from_slice(taken);
+    *rest = left;
+    partial.len() >= need
+}
+
 /// The length of a string that [`bounded_text`] or the caller keeps far below 4 GiB.
 pub(crate) fn len_u32(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).unwrap_or(u32::MAX)

@@ -7,7 +7,7 @@ use crate::flags::ClientFlags;
 use crate::wire::{Reader, bounded_text, parse_string};
 
 /// Zero bytes after the answer to `NBD_OPT_EXPORT_NAME`, unless the client does without.
-const EXPORT_NAME_PADDING: usize = 124;
+pub(crate) const EXPORT_NAME_PADDING: usize = 124;
 
 /// Answers `NBD_OPT_INFO` and `NBD_OPT_GO`, which differ only in what follows. `Some` if the export was
 /// acknowledged.

@@ -31,7 +31,7 @@ fn only(bytes: &[u8], style: ReplyStyle) -> Reply<'_> {
 #[test]
 fn messages_as_the_document_lays_them_out() {
     use ReplyStyle::{Extended, Simple, Structured};
-    let rows: [(&str, Vec<u8>, &str); 14] = [
+    let rows: [(&str, Vec<u8>, &str); 15] = [
         (
             "done, simple",
             put(|out| put_done(Simple, COOKIE, 4096, out)),
@@ -40,6 +40,11 @@ fn messages_as_the_document_lays_them_out() {
         (
             "done, structured",
             put(|out| put_done(Structured, COOKIE, 4096, out)),
+            "67446698 00000000 0102030405060708",
+        ),
+        (
+            "an empty read, structured",
+            put(|out| put_data_header(Structured, COOKIE, 4096, 4096, 0, true, out)),
             "668e33ef 0001 0000 0102030405060708 00000000",
         ),
         (
@@ -112,8 +117,8 @@ fn messages_as_the_document_lays_them_out() {
 #[test]
 fn no_chunk_is_empty() {
     for style in [ReplyStyle::Structured, ReplyStyle::Extended] {
-        let done = put(|out| put_done(style, COOKIE, 4096, out));
-        assert_eq!(put(|out| put_data_header(style, COOKIE, 4096, 4096, 0, true, out)), done);
+        let done = put(|out| put_data_header(style, COOKIE, 4096, 4096, 0, true, out));
+        assert!(matches!(only(&done, style), Reply::Chunk { body: ChunkBody::None, .. }));
         assert_eq!(put(|out| put_hole(style, COOKIE, 4096, 4096, 0, true, out)), done);
         assert_eq!(put(|out| put_data_header(style, COOKIE, 4096, 4096, 0, false, out)), b"");
         assert_eq!(put(|out| put_hole(style, COOKIE, 4096, 4096, 0, false, out)), b"");

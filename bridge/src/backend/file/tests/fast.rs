@@ -89,8 +89,8 @@ fn a_slow_write_sends_the_next_ones_the_other_way_for_a_while() {
         eprintln!("SKIP slow writes: this file system has writes that do not wait");
         return;
     }
-    soon(|| write(64 << 10)).unwrap();
-    assert!(write((64 << 10) + 1).is_none(), "too large for the caller's thread");
+    soon(|| write(256 << 10)).unwrap();
+    assert!(write((256 << 10) + 1).is_none(), "too large for the caller's thread");
     backend.disk.fast.keep_off_now();
     assert!(write(512).is_none());
     soon(|| write(512)).unwrap();
