@@ -74,8 +74,8 @@ impl Device {
         })?;
         supervise::tell(Message::Device(info.dev_id));
         let params = translate::params(&geometry, size, logical, args.io_size);
-        let started = control
-            .set_params(&info, &params)
+        // A user's device may be used by its user once udev has made him the node's owner.
+        let started = retry(PATIENCE, || control.set_params(&info, &params))
             .context("the kernel refuses the device's size or limits")
             .and_then(|()| Self::serve(info, export, args))
             .and_then(|device| match device.start(&mut control, record.of(info.dev_id, size)) {
@@ -265,10 +265,10 @@ pub(super) fn bury(control: &mut Control, id: u32) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process of this number exists.
+/// Whether a process of this number exists. The kernel says -1 once it has noticed a server's end.
 pub(super) fn is_alive(pid: i32) -> bool {
-    rustix::process::Pid::from_raw(pid)
-        .is_some_and(|pid| !matches!(rustix::process::test_kill_process(pid), Err(Errno::SRCH)))
+    let pid = Some(pid).filter(|pid| *pid > 0).and_then(rustix::process::Pid::from_raw);
+    pid.is_some_and(|pid| !matches!(rustix::process::test_kill_process(pid), Err(Errno::SRCH)))
 }
 
 fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
@@ -437,3 +437,16 @@ fn in_background<T: Send + 'static>(
 
 /// A device's number by its name.
 pub(super) use control::parse_id;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_alive() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(is_alive(own));
+        // Neither "everybody" nor "my group" is a process.
+        assert!(!is_alive(-1) && !is_alive(0) && !is_alive(i32::MAX));
+    }
+}
