@@ -22,7 +22,9 @@ mod queue;
 mod signals;
 mod state;
 mod supervise;
+mod task;
 mod translate;
+mod wait;
 
 use anyhow::Result;
 
@@ -50,6 +52,6 @@ pub(crate) fn before_threads() {
 /// # Errors
 /// One line: it is none of ours, it is gone, or somebody serves it.
 pub(crate) fn left(id: u32) -> Result<state::Record> {
-    device::check_left(id)?;
+    wait::check_left(id)?;
     state::remembered(id)
 }

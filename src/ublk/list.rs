@@ -11,9 +11,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::abi::{Features, State};
 use super::control::{self, Control, block_path};
-use super::device::{self, is_alive};
+use super::device;
 use super::holders;
 use super::state;
+use super::wait::is_alive;
 use crate::size;
 
 /// How long a device that is ending may take.
@@ -98,7 +99,7 @@ pub(crate) fn owner(name: &str) -> Result<String> {
 /// # Errors
 /// One line: no such device, not ours, in use.
 pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
-    let id = device::parse_id(name)?;
+    let id = control::parse_id(name)?;
     let path = block_path(id);
     let mut control = Control::open()?;
     let info = control.info(id).map_err(|_| anyhow!("{path}: no such ublk device"))?;

@@ -10,24 +10,23 @@
 //! given early (a time-out, or the end) goes on with the buffer it owns, and its tag's generation tells its late result
 //! from that of the tag's next request.
 
-use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Instant;
 
-use bridge::{Buffer, Data, Error, ErrorKind, Export, Operation, Reply, Request, Result};
+use bridge::{Buffer, Data, Error, ErrorKind, Operation, Request};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
 
 use super::abi;
 use super::channel::Channel;
+use super::task::{Common, Finished, Job, Outcome, buffer_len, run};
 use super::translate;
 
 /// Rounds in one poll: after these, the thread's tasks have their turn.
@@ -38,28 +37,6 @@ const MAX_TASK_BYTES: usize = 16 << 20;
 
 /// Buffers that are there from the start, so that writing out memory needs none: their size and number.
 const RESERVE: [(usize, usize); 3] = [(4 << 10, 64), (64 << 10, 16), (512 << 10, 4)];
-
-/// What the queues of a device share.
-pub(super) struct Common {
-    pub(super) export: Arc<Export>,
-    /// A request that takes longer is answered with EIO.
-    pub(super) io_timeout: Option<Duration>,
-    /// Changes that were answered with EIO and still go on.
-    late_changes: AtomicUsize,
-    /// Set once everything is to be answered with EIO, and nothing new begun.
-    give_up: watch::Sender<bool>,
-}
-
-impl Common {
-    pub(super) fn new(export: Arc<Export>, io_timeout: Option<Duration>) -> Self {
-        Common { export, io_timeout, late_changes: AtomicUsize::new(0), give_up: watch::Sender::new(false) }
-    }
-
-    /// Lets every request fail from now on, those in flight too.
-    pub(super) fn give_up(&self) {
-        self.give_up.send_replace(true);
-    }
-}
 
 /// Serves the queue until the kernel wants no more of it. `ready` is called once every tag is fetched.
 pub(super) async fn serve(
@@ -133,41 +110,6 @@ struct Queue {
     finished: Rc<Finished>,
     common: Arc<Common>,
     giving_up: bool,
-}
-
-/// What the tasks have for the queue.
-#[derive(Default)]
-struct Finished {
-    results: RefCell<Vec<Outcome>>,
-    give_up: Cell<bool>,
-    queue: Cell<Option<Waker>>,
-}
-
-enum Outcome {
-    /// A task's answer.
-    Answer { tag: u16, generation: u32, request: Request, result: Result<Option<Buffer>>, bytes: usize },
-    /// A task was answered for with EIO, and goes on.
-    TimedOut { tag: u16, generation: u32 },
-    /// Such a task is over, and gives back its bytes.
-    Over { bytes: usize },
-}
-
-impl Finished {
-    fn put(&self, outcome: Outcome) {
-        self.results.borrow_mut().push(outcome);
-        self.wake();
-    }
-
-    fn give_up(&self) {
-        self.give_up.set(true);
-        self.wake();
-    }
-
-    fn wake(&self) {
-        if let Some(queue) = self.queue.take() {
-            queue.wake();
-        }
-    }
 }
 
 impl Queue {
@@ -382,50 +324,6 @@ impl Queue {
     }
 }
 
-/// What a task works on.
-struct Job {
-    tag: u16,
-    generation: u32,
-    request: Request,
-    data: Option<Buffer>,
-    bytes: usize,
-    arrived: Instant,
-}
-
-/// A request that has to wait for something.
-async fn run(job: Job, common: Arc<Common>, finished: Rc<Finished>) {
-    let Job { tag, generation, request, data, bytes, arrived } = job;
-    let mut work = std::pin::pin!(common.export.execute(request, data, arrived));
-    let done = match common.io_timeout {
-        None => Some(work.as_mut().await),
-        Some(limit) => tokio::time::timeout(limit, work.as_mut()).await.ok(),
-    };
-    if let Some(done) = done {
-        let result = done.map(|reply| match reply {
-            Reply::Data(data) => Some(data),
-            Reply::Done | Reply::Extents(_) => None,
-        });
-        finished.put(Outcome::Answer { tag, generation, request, result, bytes });
-        return;
-    }
-    tracing::error!(
-        operation = request.operation.name(),
-        offset = request.offset,
-        len = request.len,
-        "no answer in time (--io-timeout): the device says EIO"
-    );
-    let changes = request.operation.changes_data();
-    if changes {
-        common.late_changes.fetch_add(1, Ordering::AcqRel);
-    }
-    finished.put(Outcome::TimedOut { tag, generation });
-    let _ = work.await;
-    if changes {
-        common.late_changes.fetch_sub(1, Ordering::AcqRel);
-    }
-    finished.put(Outcome::Over { bytes });
-}
-
 fn failure(request: &Request, error: &Error) -> i32 {
     let answer = translate::error(error);
     // What the source cannot do or does not allow is no news.
@@ -434,12 +332,4 @@ fn failure(request: &Request, error: &Error) -> i32 {
         tracing::debug!(operation, offset, len, %error, "request failed");
     }
     answer
-}
-
-/// Bytes of memory that a request needs.
-fn buffer_len(request: &Request) -> usize {
-    match request.operation {
-        Operation::Read | Operation::Write => usize::try_from(request.len).unwrap_or(usize::MAX),
-        _ => 0,
-    }
 }

@@ -21,9 +21,10 @@ use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, setpgi
 
 use super::abi::State;
 use super::control::{Control, block_path};
-use super::device::{bury, is_alive};
+use super::device::bury;
 use super::memory;
 use super::signals::{Heard, Signals};
+use super::wait::is_alive;
 use crate::cli::{ServeArgs, UblkArgs};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::serve;
