@@ -196,13 +196,26 @@ fn supervise(args: &mut ServeArgs, ready: Ready) -> Result<ExitCode> {
         if let Some(ublk) = args.ublk_mut() {
             ublk.recover = Some(id);
         }
-        if !told.live && signals.wait(PAUSE) == Heard::Stop {
+        if !told.live && stopped_within(PAUSE, &signals) {
             bury(&mut control, id)?;
             break ExitCode::FAILURE;
         }
     };
     drop(pid_file);
     Ok(status)
+}
+
+/// Waits for so long. True where it is told to stop meanwhile.
+fn stopped_within(pause: Duration, signals: &Signals) -> bool {
+    let until = Instant::now() + pause;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match signals.wait(left) {
+            Heard::Stop => return true,
+            Heard::Child | Heard::Nothing if left.is_zero() => return false,
+            Heard::Child | Heard::Nothing => {}
+        }
+    }
 }
 
 /// How a child ended.
@@ -249,7 +262,7 @@ fn serve_in_child(
     }
     let mut stop = false;
     let status = loop {
-        match signals.wait(Duration::from_secs(3600)) {
+        match signals.wait(Duration::from_secs(1)) {
             Heard::Stop => {
                 stop = true;
                 let _ = kill_process(child, Signal::TERM);
