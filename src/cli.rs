@@ -22,6 +22,7 @@ mod process;
 mod qemu;
 mod remote;
 mod source;
+mod ublk;
 mod values;
 
 use std::ffi::OsString;
@@ -33,13 +34,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use ask::{AskAction, LimitsWish};
-pub(crate) use attach::{DetachArgs, LoopArgs};
+pub(crate) use attach::{AttachAction, DetachArgs, LoopArgs};
 pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
 pub(crate) use info::InfoArgs;
 pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
+pub(crate) use ublk::{DevicesArgs, RecoverArgs, UblkArgs};
 pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
 
 /// Exit status of a command line that makes no sense.
@@ -48,12 +50,18 @@ const USAGE_STATUS: u8 = 2;
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) enum Action {
-    /// `nbdbridge net`, `nbdbridge fuse`, `nbdbridge attach`: serve.
+    /// `nbdbridge net`, `nbdbridge fuse`: serve.
     Serve(Box<ServeArgs>),
+    /// `nbdbridge ublk`: serve as a block device.
+    Ublk(Box<ServeArgs>),
+    /// `nbdbridge ublk --recover`: take a device over.
+    Recover(Box<RecoverArgs>),
+    /// `nbdbridge attach`: serve as a block device, of the kind that this host has.
+    Attach(Box<AttachAction>),
+    /// `nbdbridge devices`: list them.
+    Devices(DevicesArgs),
     /// `nbdbridge detach`: end an attachment.
     Detach(DetachArgs),
-    /// `nbdbridge devices`: list attachments.
-    Devices,
     /// `nbdbridge create`: make an image.
     Create(create::CreateArgs),
     /// `nbdbridge ps` and others: ask the servers that are running.
@@ -90,6 +98,8 @@ pub(crate) enum DoorArgs {
     Fuse(FuseArgs),
     /// A loop device over a file of its own.
     Loop(LoopArgs),
+    /// The kernel device.
+    Ublk(UblkArgs),
 }
 
 impl DoorArgs {
@@ -97,7 +107,23 @@ impl DoorArgs {
     pub(crate) fn net(&self) -> Option<&NetArgs> {
         match self {
             DoorArgs::Net(args) => Some(args),
-            DoorArgs::Fuse(_) | DoorArgs::Loop(_) => None,
+            DoorArgs::Fuse(_) | DoorArgs::Loop(_) | DoorArgs::Ublk(_) => None,
+        }
+    }
+
+    /// The kernel device, if it is one.
+    pub(crate) fn ublk(&self) -> Option<&UblkArgs> {
+        match self {
+            DoorArgs::Ublk(args) => Some(args),
+            _ => None,
+        }
+    }
+
+    /// The same, to change it.
+    pub(crate) fn ublk_mut(&mut self) -> Option<&mut UblkArgs> {
+        match self {
+            DoorArgs::Ublk(args) => Some(args),
+            _ => None,
         }
     }
 
@@ -147,14 +173,16 @@ struct Cli {
 enum Words {
     /// Serve disk images to NBD clients
     Net(Box<net::NetCommand>),
+    /// Give this host a block device, by ublk
+    Ublk(Box<ublk::UblkCommand>),
     /// Mount a disk image as one plain file, by FUSE
     Fuse(Box<fuse::FuseCommand>),
     /// Make a block device of a disk image, by the best way that this host has
     Attach(Box<attach::AttachCommand>),
-    /// End what attach or fuse has made
+    /// End what ublk, attach or fuse has made
     Detach(DetachArgs),
-    /// List what attach and fuse have made
-    Devices,
+    /// List what ublk, attach and fuse have made
+    Devices(DevicesArgs),
     /// Make an empty disk image
     Create(create::CreateArgs),
     /// List the servers that are running, and what they serve
@@ -180,16 +208,21 @@ enum Words {
 
 /// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
-    let matches = command().try_get_matches_from(args).map_err(|error| answer(&error))?;
+    let args: Vec<OsString> = args.into_iter().collect();
+    let matches = command().try_get_matches_from(&args).map_err(|error| answer(&error))?;
     if let Some(line) = matches.subcommand_matches("net").and_then(qemu::answer) {
         return Err(report(&UsageError::new(line).into()));
     }
     match Cli::from_arg_matches(&matches).map_err(|error| answer(&error))?.command {
         Words::Net(flags) => serve(flags.into_args()),
+        Words::Ublk(flags) => flags.into_action(args[2..].to_vec()).map_err(|error| report(&error.into())),
         Words::Fuse(flags) => serve(flags.into_args()),
-        Words::Attach(flags) => serve(flags.into_args()),
+        Words::Attach(flags) => match flags.into_action(&args[2..]) {
+            Ok(action) => Ok(Action::Attach(Box::new(action))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Detach(args) => Ok(Action::Detach(args)),
-        Words::Devices => Ok(Action::Devices),
+        Words::Devices(args) => Ok(Action::Devices(args)),
         Words::Create(args) => Ok(Action::Create(args)),
         Words::Ps(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),

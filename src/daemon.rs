@@ -28,6 +28,8 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 pub(crate) struct Ready {
     /// The background process's end of the pipe, and whether it keeps stderr.
     parent: Option<(OwnedFd, bool)>,
+    /// Nobody is to be told.
+    silent: bool,
 }
 
 /// Who returns from [`fork`].
@@ -45,37 +47,66 @@ pub(crate) enum Forked {
 /// # Errors
 /// The process has threads already (they would be missing in the child), or the operating system refuses.
 pub(crate) fn fork(keep_stderr: bool) -> Result<Forked> {
-    let threads =
-        std::fs::read_dir("/proc/self/task").context("cannot count the threads before --fork")?.count();
-    if threads != 1 {
-        bail!("--fork must come before threads, and there are {threads}");
-    }
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for --fork")?;
-    // What waits in the buffer would be printed by both.
-    io::stdout().flush().ok();
-    // SAFETY: the process has one thread (checked above), so that the child starts with no lock held elsewhere
-    // and may do anything.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()).context("cannot fork"),
-        0 => {
+    match split()? {
+        None => {
             drop(reader);
-            Ok(Forked::Child(Ready { parent: Some((writer, keep_stderr)) }))
+            Ok(Forked::Child(Ready { parent: Some((writer, keep_stderr)), silent: false }))
         }
-        child => {
+        Some(child) => {
             drop(writer);
             wait_for(reader, child).map(Forked::Parent)
         }
     }
 }
 
-fn wait_for(reader: OwnedFd, child: libc::pid_t) -> Result<ExitCode> {
+/// Splits the process in two. The parent gets the child's number.
+///
+/// # Errors
+/// The process has threads already (they would be missing in the child), or the operating system refuses.
+pub(crate) fn split() -> Result<Option<Pid>> {
+    let tasks = std::fs::read_dir("/proc/self/task").context("cannot count the threads")?;
+    // io_uring's workers run nothing of ours, and a child has none of them.
+    let worker = |folder: &Path| {
+        std::fs::read_to_string(folder.join("comm")).is_ok_and(|name| name.starts_with("iou-wrk-"))
+    };
+    let threads = tasks.flatten().filter(|task| !worker(&task.path())).count();
+    if threads != 1 {
+        bail!("a process must be split before it has threads, and there are {threads}");
+    }
+    // What waits in the buffer would be printed by both.
+    io::stdout().flush().ok();
+    // SAFETY: the process has one thread (checked above), so that the child starts with no lock held elsewhere
+    // and may do anything.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()).context("cannot fork"),
+        child => Ok(Pid::from_raw(child)),
+    }
+}
+
+/// Leaves session and terminal.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn leave_terminal(keep_stderr: bool) -> Result<()> {
+    setsid().context("cannot leave the session")?;
+    let null = File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    if !keep_stderr {
+        dup2_stderr(&null)?;
+    }
+    Ok(())
+}
+
+fn wait_for(reader: OwnedFd, child: Pid) -> Result<ExitCode> {
     let mut word = [0; 1];
     if matches!(File::from(reader).read(&mut word), Ok(1)) {
         return Ok(ExitCode::SUCCESS);
     }
     // The pipe was closed unused: the child has ended or is about to, and has said why.
     let status = loop {
-        match waitpid(Pid::from_raw(child), WaitOptions::empty()) {
+        match waitpid(Some(child), WaitOptions::empty()) {
             Err(Errno::INTR) => {}
             other => break other.context("cannot learn how the server ended")?,
         }
@@ -90,7 +121,12 @@ fn wait_for(reader: OwnedFd, child: libc::pid_t) -> Result<ExitCode> {
 impl Ready {
     /// For a process that stays where it is.
     pub(crate) fn foreground() -> Self {
-        Ready { parent: None }
+        Ready { parent: None, silent: false }
+    }
+
+    /// For one that takes over from another, whose lines have been printed.
+    pub(crate) fn silent() -> Self {
+        Ready { parent: None, silent: true }
     }
 
     /// Prints the lines for people and scripts on stdout; then a background process leaves its terminal and lets
@@ -99,6 +135,9 @@ impl Ready {
     /// # Errors
     /// The background process cannot leave its terminal, or its parent is gone.
     pub(crate) fn announce(self, lines: &[String]) -> Result<()> {
+        if self.silent {
+            return Ok(());
+        }
         let mut out = io::stdout().lock();
         for line in lines {
             // Whoever started us may not want to hear it.
@@ -108,14 +147,7 @@ impl Ready {
         }
         out.flush().ok();
         let Some((parent, keep_stderr)) = self.parent else { return Ok(()) };
-        setsid().context("cannot leave the session")?;
-        let null =
-            File::options().read(true).write(true).open("/dev/null").context("cannot open /dev/null")?;
-        dup2_stdin(&null)?;
-        dup2_stdout(&null)?;
-        if !keep_stderr {
-            dup2_stderr(&null)?;
-        }
+        leave_terminal(keep_stderr)?;
         // Last, so that whoever waits for the end of our output finds it.
         File::from(parent).write_all(b"R").context("whoever started the server is gone")
     }

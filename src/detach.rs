@@ -1,4 +1,5 @@
-//! `nbdbridge detach`: ends what `attach` or `fuse` has made, by what it is: a loop device or a FUSE file.
+//! `nbdbridge detach`: ends what `ublk`, `attach` or `fuse` has made, by what it is: a kernel device, which `ublk` ends, a loop
+//! device or a FUSE file.
 //!
 //! A living server is asked to end, and waited for; what a dead one has left is cleared away.
 
@@ -13,6 +14,7 @@ use crate::attach::{backing_file, describe_use, detach_loop, in_use};
 use crate::attachment::Attachment;
 use crate::cli::DetachArgs;
 use crate::fuse::{self, Mounted, Unmounted};
+use crate::ublk;
 
 /// A server that takes longer to end is left alone.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// One line: it is not ours, or in use.
 pub(crate) fn run(args: &DetachArgs) -> Result<()> {
     let target = &args.target;
+    if let Some(name) = target.to_str().filter(|name| ublk::is_name(name)) {
+        return ublk::detach(name, args.force);
+    }
     let is_device = std::fs::metadata(target).is_ok_and(|found| found.file_type().is_block_device());
     if is_device {
         let device = target.canonicalize().with_context(|| target.display().to_string())?;

@@ -5,23 +5,35 @@ use std::io::{self, Write};
 use anyhow::Result;
 
 use crate::attachment::Attachment;
-use crate::size;
+use crate::cli::DevicesArgs;
+use crate::{size, ublk};
 
 /// The table's head, and each row's cells.
-type Row = [String; 6];
+pub(crate) type Row = [String; COLUMNS];
 
-/// Prints the table.
+const COLUMNS: usize = 7;
+
+/// Prints what `args` ask for: the table, unless it is something else about ublk.
 ///
 /// # Errors
-/// Standard output's, but for a reader that has enough.
-pub(crate) fn run() -> Result<()> {
-    let mut rows: Vec<Row> = vec![["PATH", "DOOR", "SIZE", "STATE", "PID", "SOURCE"].map(str::to_owned)];
-    rows.extend(Attachment::all().iter().map(|(attachment, _)| row(attachment)));
-    if rows.len() == 1 {
-        eprintln!("nothing is attached");
-        return Ok(());
-    }
-    match io::stdout().write_all(table(&rows).as_bytes()) {
+/// Standard output's, but for a reader that has enough; what ublk is asked and cannot tell.
+pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
+    let text = match &args.owner {
+        Some(device) => ublk::owner(device)?,
+        None if args.features => ublk::features()?,
+        None => {
+            let head = ["PATH", "DOOR", "SIZE", "STATE", "PID", "RECOVERABLE", "SOURCE"].map(str::to_owned);
+            let mut rows: Vec<Row> = vec![head];
+            rows.extend(ublk::devices()?);
+            rows.extend(Attachment::all().iter().map(|(attachment, _)| row(attachment)));
+            if rows.len() == 1 {
+                eprintln!("nothing is attached");
+                return Ok(());
+            }
+            table(&rows)
+        }
+    };
+    match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -40,6 +52,7 @@ fn row(attachment: &Attachment) -> Row {
         size::human(attachment.size),
         state.to_owned(),
         attachment.pid.to_string(),
+        "no".to_owned(),
         attachment.source.clone(),
     ]
 }
@@ -47,13 +60,13 @@ fn row(attachment: &Attachment) -> Row {
 /// Columns as wide as their widest cell; the last one ends where it ends.
 fn table(rows: &[Row]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..5).map(width).collect();
+    let widths: Vec<usize> = (0..COLUMNS - 1).map(width).collect();
     let mut text = String::new();
     for row in rows {
         for (cell, width) in row.iter().zip(&widths) {
             text.push_str(&format!("{cell:<width$}  "));
         }
-        text.push_str(&row[5]);
+        text.push_str(&row[COLUMNS - 1]);
         text.push('\n');
     }
     text
@@ -65,8 +78,8 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = [["PATH", "A", "B", "C", "D", "SOURCE"], ["/tmp/x", "1", "2", "3", "4", "a b"]];
+        let rows = [["PATH", "A", "B", "C", "D", "E", "SOURCE"], ["/tmp/x", "1", "2", "3", "4", "5", "a b"]];
         let text = table(&rows.map(|row| row.map(str::to_owned)));
-        assert_eq!(text, "PATH    A  B  C  D  SOURCE\n/tmp/x  1  2  3  4  a b\n");
+        assert_eq!(text, "PATH    A  B  C  D  E  SOURCE\n/tmp/x  1  2  3  4  5  a b\n");
     }
 }

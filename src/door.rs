@@ -2,6 +2,7 @@
 //! go together is `serve`'s business; what goes through one is its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use bridge::worker::Workers;
@@ -11,8 +12,10 @@ use crate::attach::LoopDoor;
 use crate::cli::{DoorArgs, ExportArg};
 use crate::control::Watch;
 use crate::fuse::{self, FuseDoor};
+use crate::io_flusher;
 use crate::net::NetDoor;
 use crate::systemd::PassedSocket;
+use crate::ublk::{self, UblkDoor};
 
 /// A way to the exports that is open. It is driven on the main thread's event loop; the data path runs elsewhere.
 pub(crate) trait Door {
@@ -50,9 +53,9 @@ pub(crate) struct Site<'a> {
 ///
 /// # Errors
 /// One line that says what is in the way.
-pub(crate) fn prepare(door: &DoorArgs) -> Result<()> {
+fn prepare(door: &DoorArgs) -> Result<()> {
     match door {
-        DoorArgs::Net(_) | DoorArgs::Loop(_) => Ok(()),
+        DoorArgs::Net(_) | DoorArgs::Loop(_) | DoorArgs::Ublk(_) => Ok(()),
         DoorArgs::Fuse(args) => fuse::clear_dead(&args.file),
     }
 }
@@ -66,5 +69,33 @@ pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn
         DoorArgs::Net(args) => Ok(Box::new(NetDoor::open(args, site)?)),
         DoorArgs::Fuse(args) => Ok(Box::new(FuseDoor::open(args, site).await?)),
         DoorArgs::Loop(args) => Ok(Box::new(LoopDoor::open(args, site).await?)),
+        DoorArgs::Ublk(args) => Ok(Box::new(UblkDoor::open(args, site)?)),
     }
+}
+
+/// What the doors want of the process before a source is opened.
+///
+/// # Errors
+/// One line that says why a door cannot be opened, where that is known before anything is touched.
+pub(crate) fn before_sources(doors: &[DoorArgs]) -> Result<()> {
+    doors.iter().try_for_each(prepare)?;
+    if doors.iter().any(|door| door.ublk().is_some()) {
+        ublk::before_sources()?;
+    } else if doors.iter().any(DoorArgs::is_local) {
+        io_flusher::become_one();
+    }
+    Ok(())
+}
+
+/// What they want once the sources are open, and there are no threads yet.
+pub(crate) fn before_threads(doors: &[DoorArgs]) {
+    if doors.iter().any(|door| door.ublk().is_some()) {
+        ublk::before_threads();
+    }
+}
+
+/// How long a source may be locked by a process that has died.
+pub(crate) fn patience(doors: &[DoorArgs]) -> Duration {
+    let recovering = doors.iter().filter_map(DoorArgs::ublk).filter(|ublk| ublk.recover.is_some());
+    recovering.map(|ublk| ublk.recover_timeout).max().unwrap_or_default()
 }

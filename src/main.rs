@@ -18,12 +18,14 @@ mod net;
 mod serve;
 mod size;
 mod systemd;
+mod ublk;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use cli::Action;
+use cli::{Action, AttachAction, RecoverArgs};
 
 fn main() -> ExitCode {
     allocator::keep_little();
@@ -40,12 +42,50 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(args.process.verbose)?;
             serve::run(&args)
         }
+        Action::Ublk(args) => {
+            cli::logging::init(args.process.verbose)?;
+            ublk::run(*args)
+        }
+        Action::Recover(args) => {
+            cli::logging::init(args.verbose())?;
+            recover(*args)
+        }
+        Action::Attach(action) => attach(*action),
+        Action::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Detach(args) => detach::run(&args).map(|()| ExitCode::SUCCESS),
-        Action::Devices => devices::run().map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// Takes a device over, with the command line that it was made with, in the folder where that was given.
+fn recover(recover: RecoverArgs) -> Result<ExitCode> {
+    let record = ublk::left(recover.id)?;
+    let folder = record.folder();
+    std::env::set_current_dir(&folder)
+        .with_context(|| format!("{}: the device was made in this folder", folder.display()))?;
+    let words = [OsString::from("nbdbridge"), OsString::from("ublk")].into_iter().chain(record.words());
+    match cli::parse(words) {
+        Ok(Action::Ublk(mut args)) => {
+            recover.apply(&mut args);
+            ublk::run(*args)
+        }
+        Ok(_) => anyhow::bail!("what is remembered of ublk device {} makes no sense", recover.id),
+        Err(status) => Ok(status),
+    }
+}
+
+/// Makes a block device by the best door of this host.
+fn attach(action: AttachAction) -> Result<ExitCode> {
+    if !ublk::is_here() {
+        cli::logging::init(action.by_loop.process.verbose)?;
+        return serve::run(&action.by_loop);
+    }
+    match cli::parse(action.ublk_words) {
+        Ok(action) => run(action),
+        Err(status) => Ok(status),
     }
 }

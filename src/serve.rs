@@ -14,39 +14,48 @@ use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bridge::worker::Workers;
-use bridge::{Capabilities, Export, LocalFuture, Request};
+use bridge::{Capabilities, Export, LocalFuture, OpenError, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::cli::{DoorArgs, ServeArgs, UsageError};
+use crate::cli::{DoorArgs, ProcessArgs, ServeArgs, UsageError};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
-use crate::{assemble, control, io_flusher, systemd};
+use crate::{assemble, control, systemd};
 
 /// Serves until told to stop.
 ///
 /// # Errors
 /// One line that says what kept it from starting.
 pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
+    match start(&args.process)? {
+        Forked::Parent(status) => Ok(status),
+        Forked::Child(ready) => run_ready(args, ready),
+    }
+}
+
+/// Goes to the background where `--fork` says so.
+///
+/// # Errors
+/// As [`daemon::fork`].
+pub(crate) fn start(process: &ProcessArgs) -> Result<Forked> {
+    if process.fork { daemon::fork(process.verbose > 0) } else { Ok(Forked::Child(Ready::foreground())) }
+}
+
+/// The same in a process that has gone where it belongs.
+///
+/// # Errors
+/// One line that says what kept it from starting.
+pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
     let passed = take_sockets(&args.doors)?;
     let process = &args.process;
-    let ready = if process.fork {
-        match daemon::fork(process.verbose > 0)? {
-            Forked::Parent(status) => return Ok(status),
-            Forked::Child(ready) => ready,
-        }
-    } else {
-        Ready::foreground()
-    };
     let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
-    args.doors.iter().try_for_each(door::prepare)?;
-    if args.doors.iter().any(DoorArgs::is_local) {
-        io_flusher::become_one();
-    }
-    let exports = assemble::exports(&args.exports, &args.source)?;
+    door::before_sources(&args.doors)?;
+    let exports = sources(args)?;
+    door::before_threads(&args.doors);
     let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -83,6 +92,24 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
     // Workers may still hold a request that storage does not finish: ending must not wait for it.
     std::mem::forget(workers);
     status
+}
+
+/// Opens the sources. Where a door takes over from a process that has died, its requests may still be in the kernel, and
+/// with them its locks: those are waited for.
+fn sources(args: &ServeArgs) -> Result<Vec<Arc<Export>>> {
+    let until = Instant::now() + door::patience(&args.doors);
+    loop {
+        match assemble::exports(&args.exports, &args.source) {
+            Err(error) if is_locked(&error) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
+}
+
+fn is_locked(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(OpenError::Locked { .. }))
 }
 
 /// The sockets that systemd passed, where there is a door that can take them.

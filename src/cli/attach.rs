@@ -1,5 +1,6 @@
 //! `nbdbridge attach` and `nbdbridge detach`: their flags, and the typed values made of them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -47,9 +48,27 @@ pub(super) struct AttachCommand {
     process: ProcessFlags,
 }
 
+/// The two ways to a block device, of which the host decides.
+#[derive(Debug)]
+pub(crate) struct AttachAction {
+    /// Where the kernel has no ublk: a loop device over a FUSE file.
+    pub(crate) by_loop: ServeArgs,
+    /// Where it has: the command line of `nbdbridge ublk` that makes one. A device that is taken over is remembered by it.
+    pub(crate) ublk_words: Vec<OsString>,
+}
+
 impl AttachCommand {
-    /// Checks what clap cannot, and makes the typed values.
-    pub(super) fn into_args(self) -> Result<ServeArgs, UsageError> {
+    /// Checks what clap cannot, and makes the typed values. `words` are those behind `attach`.
+    pub(super) fn into_action(self, words: &[OsString]) -> Result<AttachAction, UsageError> {
+        let stays = self.foreground;
+        let by_loop = self.into_args()?;
+        let head = ["nbdbridge", "ublk"].into_iter().map(OsString::from);
+        let fork = (!stays && !words.iter().any(|word| word == "--fork")).then(|| OsString::from("--fork"));
+        let rest = words.iter().filter(|word| *word != "--foreground").cloned();
+        Ok(AttachAction { by_loop, ublk_words: head.chain(fork).chain(rest).collect() })
+    }
+
+    fn into_args(self) -> Result<ServeArgs, UsageError> {
         let exports = vec![self.also.name(self.source)];
         let mut process = self.process.into_args();
         process.fork = !self.foreground;
@@ -67,7 +86,7 @@ impl AttachCommand {
 /// What to end.
 #[derive(Debug, Args)]
 pub(crate) struct DetachArgs {
-    /// The block device or file that attach or fuse has made
+    /// The block device or file that ublk, attach or fuse has made
     #[arg(value_name = "DEVICE|FILE")]
     pub(crate) target: PathBuf,
 

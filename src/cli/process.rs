@@ -48,6 +48,11 @@ pub(super) struct ProcessFlags {
 }
 
 impl ProcessFlags {
+    /// How much is logged.
+    pub(super) fn verbose(&self) -> u8 {
+        self.verbose
+    }
+
     /// The typed values.
     pub(super) fn into_args(self) -> ProcessArgs {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);

@@ -269,3 +269,65 @@ fn what_running_servers_are_asked() {
         assert_eq!(ask(line), None, "{line}");
     }
 }
+
+fn ublk(line: &str) -> Result<(ServeArgs, UblkArgs), ExitCode> {
+    let words = ["nbdbridge", "ublk"].into_iter().chain(line.split_whitespace()).map(OsString::from);
+    let Action::Ublk(mut args) = parse(words)? else { panic!("{line}") };
+    let Some(DoorArgs::Ublk(ublk)) = args.doors.pop() else { panic!("{line}") };
+    Ok((*args, ublk))
+}
+
+#[test]
+fn a_device_is_made_of_one_word() {
+    let (args, device) = ublk("disk.img").unwrap();
+    assert_eq!(args.exports[0].source, path("disk.img"));
+    assert_eq!((device.source.as_str(), device.words.len()), ("disk.img", 1));
+    assert_eq!((device.id, device.depth, device.io_size, device.block_size), (None, 128, 512 << 10, None));
+    assert!((1..=4).contains(&device.queues));
+    assert!(device.recoverable && !device.supervise && device.recover.is_none());
+    assert_eq!(device.recover_timeout, Duration::from_secs(60));
+    assert_eq!(device.io_timeout, Some(Duration::from_secs(300)));
+    assert_eq!(ublk("x --io-timeout 0").unwrap().1.io_timeout, None);
+}
+
+#[test]
+fn what_can_be_taken_over_and_who_watches() {
+    let of = |line: &str| ublk(line).map(|(_, device)| (device.recoverable, device.supervise));
+    let table = [
+        ("x", Some((true, false))),
+        ("x --recoverable=off", Some((false, false))),
+        ("x --recoverable", Some((true, false))),
+        ("x --fork", Some((true, true))),
+        ("x --fork --no-supervise", Some((true, false))),
+        ("x --supervise", Some((true, true))),
+        ("x --no-lock", Some((false, false))),
+        ("mem:1M", Some((false, false))),
+        ("x --unprivileged", Some((false, false))),
+        ("x --no-lock --recoverable", None),
+        ("mem:1M --recoverable", None),
+        ("x --unprivileged --recoverable", None),
+        ("x --supervise --recoverable=off", None),
+        ("x --recover 3", None),
+        ("", None),
+        ("x --io-size 1000", None),
+        ("x --io-size 64M", None),
+        ("x --block-size 1024", None),
+        ("x --depth 0", None),
+        ("x --recoverable=maybe", None),
+    ];
+    for (line, expected) in table {
+        assert_eq!(of(line).ok(), expected, "{line}");
+    }
+}
+
+#[test]
+fn a_device_that_is_taken_over_keeps_its_own_options() {
+    let words = ["nbdbridge", "ublk", "--recover", "3", "--supervise", "--pid-file", "p"].map(OsString::from);
+    let Ok(Action::Recover(recover)) = parse(words) else { panic!() };
+    let (mut args, device) = ublk("disk.img --read-only --fork --depth 9").unwrap();
+    args.doors.push(DoorArgs::Ublk(device));
+    recover.apply(&mut args);
+    let device = args.doors[0].ublk().unwrap();
+    assert_eq!((device.recover, device.depth, device.supervise), (Some(3), 9, true));
+    assert!(args.source.read_only && !args.process.fork && args.process.pid_file.is_some());
+}

@@ -1,0 +1,67 @@
+//! The kernel device: gives this host a block device, /dev/ublkbN, that is served by an export (ublk, Linux 6.0).
+//!
+//! ```text
+//!   /dev/ublkbN ── kernel ──> channel (descriptors, ring) ──> queue (a thread each) ──try──> Export
+//!                                                               └──tasks──> Export
+//!   door ──> device (make, start, take over, end) ──> control (/dev/ublk-control)
+//!   supervise: another process, for the case that this one dies      state: what is remembered of each device
+//! ```
+//!
+//! The interface is spoken directly (`abi`, `control`, `channel`): it is small, and so the build needs no libclang, no
+//! second executor, and nothing that prints, panics or deletes devices by itself.
+
+mod abi;
+mod channel;
+mod control;
+mod device;
+mod door;
+mod holders;
+mod list;
+mod memory;
+mod queue;
+mod signals;
+mod state;
+mod supervise;
+mod task;
+mod translate;
+mod wait;
+
+use anyhow::Result;
+
+pub(crate) use door::UblkDoor;
+pub(crate) use list::{detach, devices, features, owner};
+pub(crate) use supervise::run;
+
+/// Whether this host can make such devices, and this user.
+pub(crate) fn is_here() -> bool {
+    rustix::process::geteuid().is_root() && control::Control::open().is_ok()
+}
+
+/// What the process must be before it opens a source; a kernel without ublk is told first.
+///
+/// # Errors
+/// One line that says why there is no ublk here.
+pub(crate) fn before_sources() -> Result<()> {
+    control::Control::open()?;
+    memory::serve_reclaim();
+    Ok(())
+}
+
+/// What it must be before it makes threads.
+pub(crate) fn before_threads() {
+    memory::leave_mounts();
+}
+
+/// Whether a path is one of such a device, even where there is none any more.
+pub(crate) fn is_name(path: &str) -> bool {
+    path.starts_with("/dev/ublkb") && control::parse_id(path).is_ok()
+}
+
+/// What is remembered of a device whose process has died.
+///
+/// # Errors
+/// One line: it is none of ours, it is gone, or somebody serves it.
+pub(crate) fn left(id: u32) -> Result<state::Record> {
+    wait::check_left(id)?;
+    state::remembered(id)
+}

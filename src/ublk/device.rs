@@ -1,0 +1,325 @@
+//! A device's life: made or taken over, started, seen to work, stopped and deleted. Everything here waits for the kernel:
+//! not for threads that serve.
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bridge::Export;
+use rustix::io::Errno;
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::sync::watch;
+
+use super::abi::{self, DeviceInfo, Features};
+use super::channel::Channel;
+use super::control::{Control, block_path, character_path};
+use super::queue;
+use super::state::{self, Record};
+use super::supervise::{self, Message};
+use super::task::Common;
+use super::translate;
+use super::wait::{PATIENCE, in_background, retry, wait_until_it_works, wait_until_left};
+use crate::cli::UblkArgs;
+
+/// Threads of one queue's blocking pool at most.
+const BLOCKING_THREADS: usize = 16;
+
+/// A device that is served by this process.
+pub(super) struct Device {
+    info: DeviceInfo,
+    common: Arc<Common>,
+    /// /dev/ublkcN, which must be closed before the device can be deleted.
+    character: Arc<File>,
+    queues: Vec<JoinHandle<()>>,
+    /// Queues that are served.
+    running: watch::Receiver<usize>,
+}
+
+impl Device {
+    /// Makes a device for the export, and starts it. When this returns, it serves.
+    ///
+    /// # Errors
+    /// One line that says what the kernel did not like. Nothing is left behind.
+    pub(super) fn create(export: Arc<Export>, args: &UblkArgs, record: Record) -> Result<Self> {
+        let mut control = Control::open()?;
+        let geometry = export.geometry();
+        let logical = translate::logical_block(&geometry, args.block_size);
+        let size = translate::device_size(&geometry, logical);
+        ensure!(size > 0, "{}: too small for a block device of {logical}-byte blocks", record.source);
+        if size < geometry.size {
+            tracing::warn!(
+                "{}: {} bytes are no multiple of {logical}: the device ends before the last {}",
+                record.source,
+                geometry.size,
+                geometry.size - size
+            );
+        }
+        let info = control.add(&wish(&control, args)?).map_err(|errno| match (errno, args.id) {
+            (Errno::EXIST, Some(id)) => anyhow!("ublk device {id} exists already; choose another --id"),
+            (Errno::PERM | Errno::ACCESS, _) => {
+                anyhow!("no permission to make a ublk device: run as root, or with --unprivileged")
+            }
+            (Errno::NOSPC | Errno::USERS, _) => {
+                anyhow!("the kernel makes no more ublk devices (module parameter ublks_max)")
+            }
+            _ => anyhow!(errno).context("the kernel makes no ublk device"),
+        })?;
+        supervise::tell(Message::Device(info.dev_id));
+        let params = translate::params(&geometry, size, logical, args.io_size);
+        // A user's device may be used by its user once udev has made him the node's owner.
+        let started = retry(PATIENCE, || control.set_params(&info, &params))
+            .context("the kernel refuses the device's size or limits")
+            .and_then(|()| Self::serve(info, export, args))
+            .and_then(|device| match device.start(&mut control, record.of(info.dev_id, size)) {
+                Ok(()) => Ok(device),
+                Err(error) => {
+                    device.stop(Duration::ZERO);
+                    Err(error)
+                }
+            });
+        if started.is_err() {
+            let _ = control.delete(&info);
+            state::remove(info.dev_id);
+        }
+        started
+    }
+
+    fn start(&self, control: &mut Control, record: Record) -> Result<()> {
+        let size = record.size;
+        record.write()?;
+        control.start(&self.info).context("the kernel does not start the device")?;
+        wait_until_it_works(self.info.dev_id, size)?;
+        supervise::tell(Message::Live);
+        Ok(())
+    }
+
+    /// Takes a device over whose process is gone. Requests that it had not answered come again.
+    ///
+    /// # Errors
+    /// One line; the device is left as it was.
+    pub(super) fn recover(id: u32, export: Arc<Export>, args: &UblkArgs, record: Record) -> Result<Self> {
+        let mut control = Control::open()?;
+        let info = wait_until_left(&mut control, id)?;
+        let params = control.params(&info).context("the kernel does not tell the device's size")?;
+        let size = params.dev_sectors * abi::SECTOR;
+        let geometry = export.geometry();
+        ensure!(
+            geometry.size >= size,
+            "{}: has {} bytes, fewer than the {size} of {}",
+            record.source,
+            geometry.size,
+            block_path(id)
+        );
+        let read_only = params.attrs & abi::ATTR_READ_ONLY != 0;
+        ensure!(
+            read_only || !geometry.read_only(),
+            "{}: can only be read, and {} is written",
+            record.source,
+            block_path(id)
+        );
+        supervise::tell(Message::Device(id));
+        retry(PATIENCE, || control.start_recovery(&info))
+            .with_context(|| format!("{}: cannot be taken over", block_path(id)))?;
+        let device = Self::serve(info, export, args)?;
+        record.of(id, size).write()?;
+        control
+            .end_recovery(&info)
+            .with_context(|| format!("{}: the kernel does not go on with it", block_path(id)))?;
+        supervise::tell(Message::Live);
+        Ok(device)
+    }
+
+    /// Starts the threads that serve the queues.
+    fn serve(info: DeviceInfo, export: Arc<Export>, args: &UblkArgs) -> Result<Self> {
+        let path = character_path(info.dev_id);
+        let character = retry(PATIENCE, || {
+            let opened = File::options().read(true).write(true).open(&path);
+            opened.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        });
+        let character = Arc::new(character.with_context(|| format!("cannot open {path}"))?);
+        let common = Arc::new(Common::new(export, args.io_timeout));
+        let (running, watching) = watch::channel(usize::from(info.nr_hw_queues));
+        let running = Arc::new(running);
+        let (ready, results) = mpsc::channel();
+        let mut device = Device { info, common, character, queues: Vec::new(), running: watching };
+        for queue in 0..info.nr_hw_queues {
+            let (ready, running) = (ready.clone(), running.clone());
+            let (character, common) = (device.character.clone(), device.common.clone());
+            let thread = thread::Builder::new()
+                .name(format!("ublk-{}-{queue}", info.dev_id))
+                .spawn(move || {
+                    run_queue(&info, queue, character, common, &ready);
+                    running.send_modify(|count| *count -= 1);
+                })
+                .context("cannot start a queue's thread")?;
+            device.queues.push(thread);
+        }
+        drop(ready);
+        let failed = results.iter().take(usize::from(info.nr_hw_queues)).find_map(Result::err);
+        match failed {
+            None => Ok(device),
+            Some(error) => {
+                device.stop(Duration::ZERO);
+                Err(anyhow!(error).context("cannot fetch the device's requests"))
+            }
+        }
+    }
+
+    /// The device's number.
+    pub(super) fn id(&self) -> u32 {
+        self.info.dev_id
+    }
+
+    /// How many queues are served; 0 when the device has been ended from outside.
+    pub(super) fn running(&self) -> watch::Receiver<usize> {
+        self.running.clone()
+    }
+
+    /// The device's size becomes that of the source, where the kernel can do that (6.16) and it has grown.
+    pub(super) fn update_size(&self) -> Result<()> {
+        let mut control = Control::open()?;
+        let params = control.params(&self.info).context("the kernel does not tell the device's size")?;
+        let size = translate::device_size(&self.common.export.geometry(), 1 << params.logical_bs_shift);
+        if size <= params.dev_sectors * abi::SECTOR {
+            return Ok(());
+        }
+        ensure!(
+            control.features().contains(Features::UPDATE_SIZE),
+            "this kernel cannot grow a ublk device in use (Linux 6.16 can): stop it, and start it again"
+        );
+        control.update_size(&self.info, size).context("the kernel does not grow the device")?;
+        if let Some(record) = state::read(self.id()) {
+            record.of(self.id(), size).write()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the device: writes what is dirty, answers what is in flight within `patience` and with EIO after it, deletes
+    /// it and forgets it. False where that was not possible.
+    pub(super) fn stop(self, patience: Duration) -> bool {
+        let Device { info, common, character, queues, mut running } = self;
+        let id = info.dev_id;
+        let stopped = in_background(move || match Control::open()?.stop(&info) {
+            // Somebody else was quicker.
+            Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
+            Err(errno) => Err(anyhow!(errno).context("cannot stop the device")),
+        });
+        let in_time = match stopped.recv_timeout(patience.max(Duration::from_millis(100))) {
+            Ok(done) => done,
+            Err(_) => {
+                tracing::warn!("requests still in flight after {patience:?}: the device says EIO");
+                common.give_up();
+                stopped.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(anyhow!("the device does not stop")))
+            }
+        };
+        if let Err(error) = &in_time {
+            tracing::error!("{}: {error:#}", block_path(id));
+        }
+        let until = Instant::now() + PATIENCE;
+        while *running.borrow_and_update() > 0 && Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+        }
+        if *running.borrow() == 0 {
+            for queue in queues {
+                let _ = queue.join();
+            }
+        }
+        drop(character);
+        let deleted = in_background(move || match Control::open()?.delete(&info) {
+            Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
+            Err(errno) => Err(anyhow!(errno).context("cannot delete the device")),
+        });
+        let deleted =
+            deleted.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(anyhow!("the device does not go")));
+        match &deleted {
+            Ok(()) => {
+                state::remove(id);
+                supervise::tell(Message::Gone);
+            }
+            Err(error) => tracing::error!("{}: {error:#}", block_path(id)),
+        }
+        in_time.is_ok() && deleted.is_ok()
+    }
+}
+
+/// Stops and deletes a device that nobody serves, and forgets it.
+pub(super) fn bury(control: &mut Control, id: u32) -> Result<()> {
+    let info = match control.info(id) {
+        Ok(info) => info,
+        Err(_) => {
+            state::remove(id);
+            return Ok(());
+        }
+    };
+    control.stop(&info).with_context(|| format!("{}: cannot be stopped", block_path(id)))?;
+    control.delete(&info).with_context(|| format!("{}: cannot be deleted", block_path(id)))?;
+    state::remove(id);
+    Ok(())
+}
+
+fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
+    let mut flags = Features::CMD_IOCTL_ENCODE.with(Features::USER_COPY);
+    if args.recoverable {
+        flags = flags.with(Features::USER_RECOVERY).with(Features::USER_RECOVERY_REISSUE);
+    }
+    if args.unprivileged {
+        ensure!(
+            control.features().contains(Features::UNPRIVILEGED_DEV),
+            "this kernel has no ublk devices for users (Linux 6.3 and later); run as root"
+        );
+        flags = flags.with(Features::UNPRIVILEGED_DEV);
+    }
+    // The kernel lets no user's process fill others' memory by itself.
+    if args.kernel_copy || args.unprivileged {
+        flags = Features(flags.0 & !Features::USER_COPY.0);
+    }
+    Ok(DeviceInfo {
+        nr_hw_queues: args.queues,
+        queue_depth: args.depth,
+        max_io_buf_bytes: args.io_size,
+        dev_id: args.id.unwrap_or(u32::MAX),
+        ublksrv_pid: i32::try_from(std::process::id()).unwrap_or_default(),
+        flags: flags.both(control.features()).0,
+        ..DeviceInfo::default()
+    })
+}
+
+fn run_queue(
+    info: &DeviceInfo,
+    queue: u16,
+    character: Arc<File>,
+    common: Arc<Common>,
+    ready: &mpsc::Sender<io::Result<()>>,
+) {
+    let mut serving = false;
+    let serve = || -> io::Result<()> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .thread_name(format!("pool-{}-{queue}", info.dev_id))
+            .build_local(LocalOptions::default())?;
+        let channel = Channel::new(character, info, queue)?;
+        runtime.block_on(queue::serve(channel, common, || {
+            serving = true;
+            ready.send(Ok(())).is_ok()
+        }))
+    };
+    let ended = catch_unwind(AssertUnwindSafe(serve));
+    match ended {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) if !serving => {
+            let _ = ready.send(Err(error));
+        }
+        // A queue that nobody serves hangs whoever uses the device. Without the process, a successor can take over.
+        Ok(Err(error)) => {
+            tracing::error!(queue, %error, "the queue cannot be served any more");
+            std::process::abort();
+        }
+        Err(_) => std::process::abort(),
+    }
+}

@@ -1,0 +1,133 @@
+//! `nbdbridge devices` and `nbdbridge detach`: what there is, and how it ends. They work on the driver and on what is
+//! remembered, so that they need no process to be alive.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::abi::{Features, State};
+use super::control::{self, Control, block_path};
+use super::device;
+use super::holders;
+use super::state;
+use super::wait::is_alive;
+use crate::devices::Row;
+use crate::size;
+
+/// How long a device that is ending may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Our devices, a row each; forgets those that are gone.
+///
+/// # Errors
+/// As [`Control::open`], where there is something to ask about.
+pub(crate) fn devices() -> Result<Vec<Row>> {
+    let (records, mut rows) = (state::all(), Vec::new());
+    if records.is_empty() {
+        return Ok(rows);
+    }
+    let mut control = Control::open()?;
+    for record in records {
+        let info = match control.info(record.id) {
+            Ok(info) => info,
+            Err(rustix::io::Errno::NODEV) => {
+                state::remove(record.id);
+                continue;
+            }
+            Err(errno) => return Err(anyhow!(errno).context(block_path(record.id))),
+        };
+        let state = match info.state() {
+            // The driver notices the end of a process a moment later.
+            State::Live if !is_alive(info.ublksrv_pid) => "orphan".to_owned(),
+            State::Dead => "orphan".to_owned(),
+            state => state.to_string(),
+        };
+        let pid = if state == "live" { record.pid.to_string() } else { "-".to_owned() };
+        let recoverable = if record.recoverable { "yes" } else { "no" };
+        rows.push([
+            block_path(record.id),
+            "ublk".to_owned(),
+            size::human(record.size),
+            state,
+            pid,
+            recoverable.to_owned(),
+            record.source,
+        ]);
+    }
+    Ok(rows)
+}
+
+/// What this kernel's driver can do, and what of it is used.
+///
+/// # Errors
+/// As [`Control::open`].
+pub(crate) fn features() -> Result<String> {
+    let features = Control::open()?.features();
+    let mut text = String::new();
+    for (bit, name, use_of_it) in Features::NAMES {
+        let has = if features.contains(Features(1 << bit)) { "yes" } else { "no" };
+        let _ = writeln!(text, "{name:<24}{has:<5}{use_of_it}");
+    }
+    Ok(text)
+}
+
+/// User and group that own a device, for udev.
+///
+/// # Errors
+/// One line where there is no such device.
+pub(crate) fn owner(name: &str) -> Result<String> {
+    let id = control::parse_id(&name.replace("ublkc", "ublkb"))?;
+    let info = Control::open()?.info(id).map_err(|_| anyhow!("{name}: no such device"))?;
+    Ok(format!("{} {}\n", info.owner_uid, info.owner_gid))
+}
+
+/// Ends a device: flushes, stops and deletes it. One that is in use only with `force`.
+///
+/// # Errors
+/// One line: no such device, not ours, in use.
+pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
+    let id = control::parse_id(name)?;
+    let path = block_path(id);
+    let mut control = Control::open()?;
+    let info = control.info(id).map_err(|_| anyhow!("{path}: no such ublk device"))?;
+    ensure!(
+        force || state::read(id).is_some(),
+        "{path}: was not made by nbdbridge; --force ends it all the same"
+    );
+    let live = info.state() == State::Live && is_alive(info.ublksrv_pid);
+    if !force && let Some(uses) = holders::of(id, live) {
+        bail!("{path}: in use ({uses}); unmount or close it first, or end it with --force");
+    }
+    if !live {
+        return device::bury(&mut control, id);
+    }
+    let server = Pid::from_raw(info.ublksrv_pid).with_context(|| format!("{path}: has no process"))?;
+    kill_process(server, Signal::TERM).with_context(|| format!("{path}: process {}", info.ublksrv_pid))?;
+    let started = Instant::now();
+    let mut forced = false;
+    while control.info(id).is_ok() {
+        thread::sleep(Duration::from_millis(10));
+        let waited = started.elapsed();
+        if !is_alive(info.ublksrv_pid) {
+            // A mount on a device that is dead keeps its number, and nothing else.
+            return if Path::new(&path).exists() { device::bury(&mut control, id) } else { Ok(()) };
+        }
+        if force && !forced && waited > Duration::from_millis(700) {
+            // The first was for a device that is free; a second one ends it although it is not.
+            let _ = kill_process(server, Signal::TERM);
+            forced = true;
+        }
+        if !force
+            && waited > Duration::from_secs(1)
+            && let Some(uses) = holders::of(id, true)
+        {
+            bail!("{path}: came into use ({uses}); it ends when it is released");
+        }
+        ensure!(waited < PATIENCE, "{path}: does not end; its process is {}", info.ublksrv_pid);
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! What is remembered of a device while it exists: a small JSON file for each, `ublk-N.json` in /run/nbdbridge, or below
+//! $XDG_RUNTIME_DIR for a user. Its reader is this program: `devices`, `detach`, `--recover`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use serde::{Deserialize, Serialize};
+
+/// What the file holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The device's number.
+    pub(crate) id: u32,
+    /// The source, for people.
+    pub(crate) source: String,
+    /// The words of the command line behind `ublk`; what is no UTF-8 is kept as bytes.
+    words: Vec<Word>,
+    /// The folder that relative paths among them start from.
+    folder: Word,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// A successor may take the device over.
+    pub(crate) recoverable: bool,
+    /// The process that serves it.
+    pub(crate) pid: u32,
+    /// The process that starts it again, where there is one.
+    pub(crate) supervisor: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Word {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl Record {
+    /// A record for this process.
+    pub(crate) fn new(
+        source: String,
+        words: &[OsString],
+        recoverable: bool,
+        supervisor: Option<u32>,
+    ) -> Self {
+        let folder = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+        Record {
+            id: 0,
+            source,
+            words: words.iter().map(|word| Word::from(word.as_os_str())).collect(),
+            folder: Word::from(folder.as_os_str()),
+            size: 0,
+            recoverable,
+            pid: std::process::id(),
+            supervisor,
+        }
+    }
+
+    /// The same for a device of this number and size.
+    pub(super) fn of(self, id: u32, size: u64) -> Self {
+        Record { id, size, ..self }
+    }
+
+    /// The words of the command line, as they were given.
+    pub(crate) fn words(&self) -> Vec<OsString> {
+        self.words.iter().map(Word::to_os_string).collect()
+    }
+
+    /// The folder they were given in.
+    pub(crate) fn folder(&self) -> PathBuf {
+        PathBuf::from(self.folder.to_os_string())
+    }
+
+    /// Writes the file; readers see the old one or the whole new one.
+    ///
+    /// # Errors
+    /// One line that names the path.
+    pub(super) fn write(&self) -> Result<()> {
+        self.write_in(&folder())
+    }
+
+    fn write_in(&self, folder: &Path) -> Result<()> {
+        let path = path_in(folder, self.id);
+        let new = folder.join(format!(".ublk-{}.{}", self.id, std::process::id()));
+        let write = || -> io::Result<()> {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
+            // What is left of an earlier process with our number.
+            let _ = fs::remove_file(&new);
+            let mut file = fs::File::options().write(true).create_new(true).mode(0o600).open(&new)?;
+            file.write_all(&serde_json::to_vec(self)?)?;
+            fs::rename(&new, &path)
+        };
+        write().with_context(|| format!("{}: cannot write what the device is", path.display()))
+    }
+}
+
+impl Word {
+    fn to_os_string(&self) -> OsString {
+        match self {
+            Word::Text(text) => text.into(),
+            Word::Bytes(bytes) => OsString::from_vec(bytes.clone()),
+        }
+    }
+}
+
+impl From<&OsStr> for Word {
+    fn from(word: &OsStr) -> Self {
+        match word.to_str() {
+            Some(text) => Word::Text(text.to_owned()),
+            None => Word::Bytes(word.as_bytes().to_vec()),
+        }
+    }
+}
+
+/// What is remembered of a device; None where it is not ours.
+pub(super) fn read(id: u32) -> Option<Record> {
+    read_in(&folder(), id)
+}
+
+fn read_in(folder: &Path, id: u32) -> Option<Record> {
+    let bytes = fs::read(path_in(folder, id)).ok()?;
+    serde_json::from_slice::<Record>(&bytes).ok().filter(|record| record.id == id)
+}
+
+/// The same, for somebody who wants to take it over.
+///
+/// # Errors
+/// One line that says so.
+pub(super) fn remembered(id: u32) -> Result<Record> {
+    read(id).ok_or_else(|| {
+        let path = path_in(&folder(), id);
+        anyhow!(
+            "nothing is remembered of ublk device {id} ({} is missing); `nbdbridge devices` lists ours",
+            path.display()
+        )
+    })
+}
+
+/// Every device that is remembered, by number.
+pub(super) fn all() -> Vec<Record> {
+    let mut ids: Vec<u32> = fs::read_dir(folder())
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            entry.file_name().to_str()?.strip_prefix("ublk-")?.strip_suffix(".json")?.parse().ok()
+        })
+        .collect();
+    ids.sort_unstable();
+    ids.into_iter().filter_map(read).collect()
+}
+
+/// Forgets a device.
+pub(super) fn remove(id: u32) {
+    let _ = fs::remove_file(path_in(&folder(), id));
+}
+
+fn path_in(folder: &Path, id: u32) -> PathBuf {
+    folder.join(format!("ublk-{id}.json"))
+}
+
+/// Where this user's files are.
+fn folder() -> PathBuf {
+    let base = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(folder) if !folder.is_empty() && !rustix::process::geteuid().is_root() => PathBuf::from(folder),
+        _ => PathBuf::from("/run"),
+    };
+    base.join("nbdbridge")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let odd = OsString::from_vec(b"disk\xff.img".to_vec());
+        let words = [OsString::from("--read-only"), odd];
+        let mut record = Record::new("disk.img".into(), &words, true, Some(7));
+        record.id = 3;
+        record.write_in(&folder.path().join("new")).unwrap();
+        let folder = folder.path().join("new");
+        let back = read_in(&folder, 3).unwrap();
+        assert_eq!(back, record);
+        assert_eq!(back.words(), words);
+        assert_eq!(back.folder(), std::env::current_dir().unwrap());
+        // Another's file, half a file, none.
+        fs::copy(path_in(&folder, 3), path_in(&folder, 4)).unwrap();
+        fs::write(path_in(&folder, 5), b"{\"id\":5,").unwrap();
+        assert_eq!([4, 5, 6].map(|id| read_in(&folder, id)), [None, None, None]);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 3);
+    }
+}

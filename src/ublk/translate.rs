@@ -1,0 +1,182 @@
+//! The kernel's words and the pipeline's: descriptors to requests, errors to errno, geometry to limits. Pure functions.
+
+use bridge::{Capabilities, Error, ErrorKind, Flags, Geometry, Operation, Request};
+
+use super::abi::{self, IoDescriptor, Params};
+
+/// Largest discard and zeroes that the kernel may send at once. They cost a file system little, other sources more.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// Smallest and largest logical block that every kernel takes.
+const MIN_BLOCK: u32 = 512;
+const MAX_BLOCK: u32 = 4096;
+
+/// What a descriptor asks for; None for an operation that was not announced.
+pub(super) fn request(descriptor: &IoDescriptor) -> Option<Request> {
+    let operation = match descriptor.op_flags & 0xff {
+        abi::IO_OP_READ => Operation::Read,
+        abi::IO_OP_WRITE => Operation::Write,
+        abi::IO_OP_FLUSH => return Some(Request::flush()),
+        abi::IO_OP_DISCARD => Operation::Trim,
+        abi::IO_OP_WRITE_ZEROES => Operation::WriteZeroes,
+        _ => return None,
+    };
+    let mut flags = Flags::NONE;
+    if operation.changes_data() && descriptor.op_flags & abi::IO_F_FUA != 0 {
+        flags |= Flags::FUA;
+    }
+    if operation == Operation::WriteZeroes && descriptor.op_flags & abi::IO_F_NOUNMAP != 0 {
+        flags |= Flags::NO_HOLE;
+    }
+    let offset = descriptor.start_sector.checked_mul(abi::SECTOR)?;
+    let len = u64::from(descriptor.nr_sectors) * abi::SECTOR;
+    Some(Request::new(operation, offset, len).with_flags(flags))
+}
+
+/// The answer to a request that succeeded.
+pub(super) fn success(request: &Request) -> i32 {
+    match request.operation {
+        Operation::Read | Operation::Write => i32::try_from(request.len).unwrap_or(i32::MAX),
+        _ => 0,
+    }
+}
+
+/// The answer to one that failed, negative.
+pub(super) fn error(error: &Error) -> i32 {
+    -match error.kind() {
+        ErrorKind::InvalidInput => libc::EINVAL,
+        ErrorKind::NoSpace => libc::ENOSPC,
+        ErrorKind::ReadOnly => libc::EPERM,
+        ErrorKind::NotSupported => libc::EOPNOTSUPP,
+        ErrorKind::Overflow => libc::EOVERFLOW,
+        ErrorKind::NoMemory => libc::ENOMEM,
+        // The block layer has no word for an end.
+        _ => libc::EIO,
+    }
+}
+
+/// The device's logical block: what was asked for, else the smallest the source can do.
+pub(super) fn logical_block(geometry: &Geometry, wish: Option<u32>) -> u32 {
+    wish.unwrap_or(geometry.min_block).clamp(MIN_BLOCK, MAX_BLOCK)
+}
+
+/// Size and limits of a device of `size` bytes that serves this geometry.
+pub(super) fn params(geometry: &Geometry, size: u64, logical: u32, io_size: u32) -> Params {
+    let caps = geometry.capabilities;
+    let physical = geometry.preferred_block.clamp(logical, MAX_BLOCK);
+    let attrs = [
+        (Capabilities::READ_ONLY, abi::ATTR_READ_ONLY),
+        (Capabilities::ROTATIONAL, abi::ATTR_ROTATIONAL),
+        (Capabilities::FLUSH, abi::ATTR_VOLATILE_CACHE),
+        // FUA means something only beside a cache.
+        (Capabilities::FLUSH | Capabilities::FUA, abi::ATTR_FUA),
+    ];
+    let attrs = attrs.iter().filter(|(need, _)| caps.contains(*need)).fold(0, |all, (_, attr)| all | attr);
+    let at_once = |able| if able { sectors(MAX_DISCARD_BYTES) } else { 0 };
+    let (trim, zeroes) = (caps.contains(Capabilities::TRIM), caps.contains(Capabilities::WRITE_ZEROES));
+    let changes = !geometry.read_only() && (trim || zeroes);
+    let mut params = Params {
+        types: abi::PARAM_TYPE_BASIC,
+        attrs,
+        logical_bs_shift: shift(logical),
+        physical_bs_shift: shift(physical),
+        io_opt_shift: shift(physical),
+        io_min_shift: shift(physical),
+        max_sectors: sectors(u64::from(io_size)),
+        dev_sectors: size / abi::SECTOR,
+        ..Params::default()
+    };
+    if changes {
+        params.types |= abi::PARAM_TYPE_DISCARD;
+        params.discard_granularity = physical;
+        params.max_discard_sectors = at_once(trim);
+        params.max_write_zeroes_sectors = at_once(zeroes);
+        params.max_discard_segments = 1;
+    }
+    params
+}
+
+/// The part of a source that a device of such blocks can show.
+pub(super) fn device_size(geometry: &Geometry, logical: u32) -> u64 {
+    geometry.size - geometry.size % u64::from(logical)
+}
+
+fn sectors(bytes: u64) -> u32 {
+    u32::try_from(bytes / abi::SECTOR).unwrap_or(u32::MAX)
+}
+
+fn shift(block: u32) -> u8 {
+    u8::try_from(block.trailing_zeros()).unwrap_or(9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> IoDescriptor {
+        IoDescriptor { op_flags, nr_sectors, start_sector, addr: 0 }
+    }
+
+    #[test]
+    fn descriptors_are_requests() {
+        let fua = abi::IO_F_FUA;
+        let table = [
+            (abi::IO_OP_READ | fua, Request::new(Operation::Read, 4096, 8192)),
+            (abi::IO_OP_WRITE, Request::new(Operation::Write, 4096, 8192)),
+            (abi::IO_OP_WRITE | fua, Request::new(Operation::Write, 4096, 8192).with_flags(Flags::FUA)),
+            (abi::IO_OP_FLUSH, Request::flush()),
+            (abi::IO_OP_DISCARD, Request::new(Operation::Trim, 4096, 8192)),
+            (
+                abi::IO_OP_WRITE_ZEROES | abi::IO_F_NOUNMAP,
+                Request::new(Operation::WriteZeroes, 4096, 8192).with_flags(Flags::NO_HOLE),
+            ),
+        ];
+        for (op_flags, expected) in table {
+            assert_eq!(request(&descriptor(op_flags, 8, 16)), Some(expected), "{op_flags:#x}");
+        }
+        // Zoned commands, and a place that no device has.
+        assert_eq!(request(&descriptor(13, 8, 16)), None);
+        assert_eq!(request(&descriptor(abi::IO_OP_READ, u64::MAX / 2, 16)), None);
+    }
+
+    #[test]
+    fn every_error_kind_has_its_errno() {
+        let table = [
+            (ErrorKind::InvalidInput, 22),
+            (ErrorKind::NoSpace, 28),
+            (ErrorKind::ReadOnly, 1),
+            (ErrorKind::NotSupported, 95),
+            (ErrorKind::Overflow, 75),
+            (ErrorKind::NoMemory, 12),
+            (ErrorKind::ShuttingDown, 5),
+            (ErrorKind::Io, 5),
+        ];
+        for (kind, errno) in table {
+            assert_eq!(error(&Error::new(kind, "")), -errno, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn limits_follow_the_geometry() {
+        let all = Capabilities::FLUSH | Capabilities::FUA | Capabilities::TRIM | Capabilities::WRITE_ZEROES;
+        let geometry =
+            Geometry { version: 0, size: 10_000, min_block: 1, preferred_block: 65536, capabilities: all };
+        let logical = logical_block(&geometry, None);
+        assert_eq!((logical, logical_block(&geometry, Some(4096))), (512, 4096));
+        let size = device_size(&geometry, logical);
+        assert_eq!(size, 9728);
+        let params = params(&geometry, size, logical, 512 << 10);
+        assert_eq!((params.dev_sectors, params.max_sectors), (19, 1024));
+        assert_eq!((params.logical_bs_shift, params.physical_bs_shift), (9, 12));
+        assert_eq!(params.attrs, abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA);
+        assert_eq!((params.types, params.max_discard_segments), (3, 1));
+        assert_eq!((params.max_discard_sectors, params.discard_granularity), (2 << 20, 4096));
+
+        let plain = Geometry { capabilities: Capabilities::READ_ONLY | all, ..geometry };
+        let params = super::params(&plain, size, logical, 512 << 10);
+        assert_eq!(params.types, abi::PARAM_TYPE_BASIC);
+        assert_eq!(params.attrs & abi::ATTR_READ_ONLY, abi::ATTR_READ_ONLY);
+        let unsafe_cache = Geometry { capabilities: Capabilities::FUA, ..geometry };
+        assert_eq!(super::params(&unsafe_cache, size, logical, 512 << 10).attrs, 0);
+    }
+}
