@@ -264,3 +264,19 @@ fn what_running_servers_are_asked() {
         assert_eq!(ask(line), None, "{line}");
     }
 }
+
+#[test]
+fn a_file_and_a_block_device() {
+    let args = fuse("disk.img /mnt/disk --allow-other --growable --threads 3 -r --fork").unwrap();
+    assert!(args.source.read_only && args.process.fork);
+    let [DoorArgs::Fuse(file)] = &args.doors[..] else { panic!("{args:?}") };
+    assert_eq!(file.file, std::path::Path::new("/mnt/disk"));
+    assert!(file.allow_other && file.growable && file.threads == Some(3));
+    assert!(args.doors[0].is_local() && args.doors[0].net().is_none());
+    // A block device is served in the background by default.
+    for (more, fork) in [(&[][..], true), (&["--foreground"], false)] {
+        let words = ["nbdbridge", "attach", "disk.img"].iter().chain(more).map(OsString::from);
+        let Ok(Action::Serve(args)) = parse(words) else { panic!("{more:?}") };
+        assert!(args.process.fork == fork && matches!(args.doors[..], [DoorArgs::Loop(_)]));
+    }
+}
