@@ -331,3 +331,23 @@ fn a_device_that_is_taken_over_keeps_its_own_options() {
     assert_eq!((device.recover, device.depth, device.supervise), (Some(3), 9, true));
     assert!(args.source.read_only && !args.process.fork && args.process.pid_file.is_some());
 }
+
+#[test]
+fn a_file_and_a_block_device() {
+    let args = fuse("disk.img /mnt/disk --allow-other --growable --threads 3 -r --fork").unwrap();
+    assert!(args.source.read_only && args.process.fork);
+    let [DoorArgs::Fuse(file)] = &args.doors[..] else { panic!("{args:?}") };
+    assert_eq!(file.file, std::path::Path::new("/mnt/disk"));
+    assert!(file.allow_other && file.growable && file.threads == Some(3));
+    assert!(args.doors[0].is_local() && args.doors[0].net().is_none());
+    // A block device is served in the background by default.
+    for (more, fork) in [(&[][..], true), (&["--foreground"], false)] {
+        let words = ["nbdbridge", "attach", "disk.img"].iter().chain(more).map(OsString::from);
+        let Ok(Action::Attach(action)) = parse(words) else { panic!("{more:?}") };
+        assert!(
+            action.by_loop.process.fork == fork && matches!(action.by_loop.doors[..], [DoorArgs::Loop(_)])
+        );
+        let Ok(Action::Ublk(args)) = parse(action.ublk_words) else { panic!("{more:?}") };
+        assert!(args.process.fork == fork && matches!(&args.doors[..], [DoorArgs::Ublk(_)]));
+    }
+}

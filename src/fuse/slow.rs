@@ -270,3 +270,6 @@ fn whole_blocks(export: &Export, offset: u64, len: u64) -> (u64, u64) {
 fn length(len: u64) -> usize {
     usize::try_from(len).unwrap_or(usize::MAX)
 }
+
+#[cfg(test)]
+mod tests;
