@@ -42,6 +42,8 @@ pub(crate) struct Watch {
     pub(crate) places: Vec<Place>,
     /// Who is connected, where there is such a thing.
     pub(crate) clients: Option<Arc<dyn Clients>>,
+    /// Why it keeps its size when its export grows; None where it grows too.
+    pub(crate) fixed: Option<String>,
 }
 
 /// Knows a door's clients. Asked from the control socket's thread.

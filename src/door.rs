@@ -1,6 +1,7 @@
 //! What the doors have in common: a door starts, tells where it is, serves, and ends in good order. How they come and
 //! go together is `serve`'s business; what goes through one is its own.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use bridge::worker::Workers;
 use bridge::{Export, LocalFuture};
 
 use crate::attach::LoopDoor;
-use crate::cli::{DoorArgs, ExportArg};
+use crate::cli::{DoorArgs, ExportArg, Listen};
 use crate::control::Watch;
 use crate::fuse::{self, FuseDoor};
 use crate::io_flusher;
@@ -88,9 +89,25 @@ pub(crate) fn before_sources(doors: &[DoorArgs]) -> Result<()> {
 }
 
 /// What they want once the sources are open, and there are no threads yet.
-pub(crate) fn before_threads(doors: &[DoorArgs]) {
+pub(crate) fn before_threads(doors: &[DoorArgs], pid_file: Option<&Path>) {
     if doors.iter().any(|door| door.ublk().is_some()) {
-        ublk::before_threads();
+        let sockets = doors.iter().filter_map(DoorArgs::net).flat_map(|net| &net.listen);
+        let sockets = sockets.filter_map(|listen| match listen {
+            Listen::Unix(path) => Some(path.as_path()),
+            Listen::Tcp { .. } => None,
+        });
+        let needed: Vec<_> = sockets.chain(pid_file).map(whole).collect();
+        ublk::before_threads(&needed);
+    }
+}
+
+/// A path with its folder resolved, as the kernel names mounts.
+fn whole(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    match (folder, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
+        _ => path,
     }
 }
 

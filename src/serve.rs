@@ -55,7 +55,7 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
     let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
     door::before_sources(&args.doors)?;
     let exports = sources(args)?;
-    door::before_threads(&args.doors);
+    door::before_threads(&args.doors, process.pid_file.as_deref());
     let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -26,6 +26,8 @@ mod task;
 mod translate;
 mod wait;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
@@ -47,9 +49,9 @@ pub(crate) fn before_sources() -> Result<()> {
     Ok(())
 }
 
-/// What it must be before it makes threads.
-pub(crate) fn before_threads() {
-    memory::leave_mounts();
+/// What it must be before it makes threads. `needed` are paths that it makes or removes later.
+pub(crate) fn before_threads(needed: &[PathBuf]) {
+    memory::leave_mounts(needed);
 }
 
 /// Whether a path is one of such a device, even where there is none any more.

@@ -25,7 +25,18 @@ fn with_little_memory() {
 /// What depends on the kernel's features, which this one has more of.
 #[test]
 fn on_a_newer_kernel() {
-    let names = ["limits", "verify", "discard", "busy", "recover", "supervis", "no_successor", "many"];
+    let names = [
+        "limits",
+        "verify",
+        "discard",
+        "busy",
+        "recover",
+        "supervis",
+        "no_successor",
+        "many",
+        "attach",
+        "resize",
+    ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
 }
 

@@ -174,7 +174,10 @@ async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
     }
     let (size, was) = (size::human(resized.size), size::human(resized.old_size));
     let id = printable(&target.id());
-    print(&format!("{id} is {size} now (was {was}); NBD clients see it when they connect again\n"))
+    let by_nbd = target.server.instance.doors.iter().any(|door| door.kind == "net");
+    let seen = if by_nbd { "; NBD clients see it when they connect again" } else { "" };
+    let fixed: String = resized.fixed.iter().map(|line| printable(line) + "\n").collect();
+    print(&format!("{id} is {size} now (was {was}){seen}\n{fixed}"))
 }
 
 /// Where `target` is asked about `what`.

@@ -238,7 +238,9 @@ async fn resize(State(site): State<Arc<Site>>, which: WhichExport, Body(body): B
         site.workers.run(site.workers.next(), move || async move { there.resize(size).await }).await;
     let ended = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "the server is ending".to_owned());
     resized.ok_or_else(ended)??;
-    Ok(Json(Resized { export: export.name().to_owned(), old_size, size: export.geometry().size }))
+    let size = export.geometry().size;
+    let fixed = site.doors.iter().filter(|_| size > old_size).filter_map(|door| door.fixed.clone());
+    Ok(Json(Resized { export: export.name().to_owned(), old_size, size, fixed: fixed.collect() }))
 }
 
 fn read_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {

@@ -136,6 +136,9 @@ pub(crate) struct Resized {
     pub(crate) export: String,
     pub(crate) old_size: u64,
     pub(crate) size: u64,
+    /// What has not grown with it, and why: a line for each door.
+    #[serde(default)]
+    pub(crate) fixed: Vec<String>,
 }
 
 /// Any answer that is not a success: one line for a person.

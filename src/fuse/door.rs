@@ -140,7 +140,7 @@ impl Door for FuseDoor {
     fn watch(&self) -> Watch {
         let at = self.point.path.display().to_string();
         let places = vec![Place { export: self.export.clone(), at }];
-        Watch { kind: "fuse", places, clients: None }
+        Watch { kind: "fuse", places, clients: None, fixed: None }
     }
 
     fn lines(&self) -> Vec<String> {

@@ -77,7 +77,8 @@ impl Door for NetDoor {
     }
 
     fn watch(&self) -> Watch {
-        Watch { kind: "net", places: self.places(), clients: Some(Arc::new(self.server.client_list())) }
+        let clients = Some(Arc::new(self.server.client_list()) as _);
+        Watch { kind: "net", places: self.places(), clients, fixed: None }
     }
 
     /// Accepts on every listener; with `once` until the last client has left.

@@ -29,6 +29,10 @@ use crate::cli::UblkArgs;
 /// Threads of one queue's blocking pool at most.
 const BLOCKING_THREADS: usize = 16;
 
+/// Why a device keeps its size.
+const FIXED: &str =
+    "this kernel cannot grow a ublk device in use (Linux 6.16 can): stop it, and start it again";
+
 /// A device that is served by this process.
 pub(super) struct Device {
     info: DeviceInfo,
@@ -188,10 +192,7 @@ impl Device {
         if size <= params.dev_sectors * abi::SECTOR {
             return Ok(());
         }
-        ensure!(
-            control.features().contains(Features::UPDATE_SIZE),
-            "this kernel cannot grow a ublk device in use (Linux 6.16 can): stop it, and start it again"
-        );
+        ensure!(control.features().contains(Features::UPDATE_SIZE), FIXED);
         control.update_size(&self.info, size).context("the kernel does not grow the device")?;
         if let Some(record) = state::read(self.id()) {
             record.of(self.id(), size).write()?;
@@ -245,6 +246,12 @@ impl Device {
         }
         in_time.is_ok() && deleted.is_ok()
     }
+}
+
+/// Why devices keep their size on this kernel; None where they can grow.
+pub(super) fn fixed_size() -> Option<&'static str> {
+    let grows = Control::open().is_ok_and(|control| control.features().contains(Features::UPDATE_SIZE));
+    (!grows).then_some(FIXED)
 }
 
 /// Stops and deletes a device that nobody serves, and forgets it.

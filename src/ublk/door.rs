@@ -10,7 +10,7 @@ use bridge::{Export, LocalFuture};
 use tokio::sync::{oneshot, watch};
 
 use super::control::block_path;
-use super::device::Device;
+use super::device::{self, Device};
 use super::holders;
 use super::state::Record;
 use super::supervise::{self, Message};
@@ -18,7 +18,7 @@ use crate::cli::UblkArgs;
 use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
 
-/// How often a device that is in use is looked at, and a source for its size.
+/// How often a device that is in use is looked at.
 const EVERY: Duration = Duration::from_millis(500);
 
 /// A device and what it serves.
@@ -69,24 +69,22 @@ impl Door for UblkDoor {
 
     fn watch(&self) -> Watch {
         let place = Place { export: self.export.name().to_owned(), at: block_path(self.id) };
-        Watch { kind: "ublk", places: vec![place], clients: None }
+        let fixed = device::fixed_size().map(|why| format!("{} keeps its size: {why}", block_path(self.id)));
+        Watch { kind: "ublk", places: vec![place], clients: None, fixed }
     }
 
     /// Serves until somebody else has ended the device. A source that grows makes it grow.
     fn serve(&self) -> LocalFuture<'_, ()> {
         let mut running = self.running.clone();
         Box::pin(async move {
-            let mut version = self.export.geometry().version;
+            let mut size = self.export.watch_size();
             let mut ended = std::pin::pin!(running.wait_for(|count| *count == 0));
             loop {
+                // The first time for one that was taken over: its last process may have died in between.
+                self.grow();
                 tokio::select! {
                     _ = &mut ended => break,
-                    () = tokio::time::sleep(EVERY) => {}
-                }
-                let now = self.export.geometry().version;
-                if now != version {
-                    version = now;
-                    self.grow();
+                    Ok(()) = size.changed() => {}
                 }
             }
             tracing::info!("{}: was ended from outside", block_path(self.id));

@@ -63,8 +63,8 @@ fn may_lock() -> bool {
 
 /// Gives this thread, and the threads that it starts, mounts of their own, without the file systems that can be on a
 /// disk of ours: the last process of a mount namespace unmounts what is mounted there, and one that serves the disk
-/// below would wait for itself. Files that are open stay so.
-pub(super) fn leave_mounts() {
+/// below would wait for itself. Files that are open stay so; where `needed` is, its file systems are kept.
+pub(super) fn leave_mounts(needed: &[PathBuf]) {
     // SAFETY: no memory is passed; what the thread shared with others (the present folder) is its own from now on.
     if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
         let error = io::Error::last_os_error();
@@ -77,7 +77,7 @@ pub(super) fn leave_mounts() {
         return;
     }
     let mounts = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    for path in not_kept(&mounts).into_iter().rev() {
+    for path in not_kept(&mounts, needed).into_iter().rev() {
         if let Err(error) = unmount(&path, UnmountFlags::DETACH) {
             tracing::debug!(%error, path = %path.display(), "not detached");
         }
@@ -85,7 +85,7 @@ pub(super) fn leave_mounts() {
 }
 
 /// Where the file systems are mounted that are not needed, in the order of mountinfo (proc_pid_mountinfo(5)).
-fn not_kept(mountinfo: &[u8]) -> Vec<PathBuf> {
+fn not_kept(mountinfo: &[u8], needed: &[PathBuf]) -> Vec<PathBuf> {
     mountinfo
         .split(|byte| *byte == b'\n')
         .filter_map(|line| {
@@ -93,7 +93,9 @@ fn not_kept(mountinfo: &[u8]) -> Vec<PathBuf> {
             let mut fields = line.split(|byte| *byte == b' ');
             let point = unescape(fields.nth(4)?);
             let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-            let kept = KEPT.iter().any(|kept| kept.as_bytes() == kind) || point == Path::new("/");
+            let kept = KEPT.iter().any(|kept| kept.as_bytes() == kind)
+                || point == Path::new("/")
+                || needed.iter().any(|path| path.starts_with(&point));
             (!kept).then_some(point)
         })
         .collect()
@@ -131,7 +133,9 @@ mod tests {
             30 21 259:1 / /srv/my\\040disk rw shared:9 - ext4 /dev/ublkb0 rw\n\
             31 21 0:50 / /data rw - btrfs /dev/ublkb1 rw\n\
             32 21 0:6 / /run rw - tmpfs tmpfs rw\n";
-        assert_eq!(not_kept(mounts), [PathBuf::from("/srv/my disk"), PathBuf::from("/data")]);
+        assert_eq!(not_kept(mounts, &[]), [PathBuf::from("/srv/my disk"), PathBuf::from("/data")]);
+        let needed = ["/data/disk.sock", "/srv/my", "/run/pid"].map(PathBuf::from);
+        assert_eq!(not_kept(mounts, &needed), [PathBuf::from("/srv/my disk")]);
         assert_eq!(unescape(b"a\\0401\\x\\"), PathBuf::from("a 1\\x\\"));
     }
 }
