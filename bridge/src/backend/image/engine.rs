@@ -58,6 +58,18 @@ pub(super) enum Segment {
     Special,
 }
 
+impl Segment {
+    /// The same, `skip` bytes further on.
+    fn after(self, skip: u64) -> Segment {
+        match self {
+            Segment::File { file, offset, writable } => {
+                Segment::File { file, offset: offset + skip, writable }
+            }
+            other => other,
+        }
+    }
+}
+
 pub(super) struct Engine {
     pub(super) image: FormatAccess<Host>,
     pub(super) shared: Arc<Shared>,
@@ -108,16 +120,34 @@ impl Engine {
         self.data_file.as_ref().unwrap_or(&self.top)
     }
 
-    /// What the range begins with, and for how many bytes. The map learns it: the caller holds a lock on the range.
+    /// What the range begins with, and for how many bytes. The map learns it: the caller holds a lock on the range, which
+    /// is one of whole clusters. So all of the first and the last one are looked at, or small requests would teach nothing.
     pub(super) async fn resolve(&self, offset: u64, len: u64) -> Result<(Segment, u64)> {
-        let (segment, count) = self.look(offset, len).await?;
-        let place = match segment {
-            Segment::File { file, offset, writable } => Place::File { file, offset, writable },
-            Segment::Zero { .. } => Place::Zero,
-            Segment::Special => return Ok((segment, count)),
-        };
-        self.publish(offset, count, place);
-        Ok((segment, count))
+        let skip = offset % self.cluster;
+        let start = offset - skip;
+        let end = (offset + len).next_multiple_of(self.cluster).min(self.size());
+        match self.look(start, end - start).await {
+            Ok((segment, count)) if count > skip => {
+                self.learn(start, count, segment);
+                Ok((segment.after(skip), (count - skip).min(len)))
+            }
+            // Parts of a cluster lie in different places of a backing image, or one of them where none can.
+            _ => {
+                let (segment, count) = self.look(offset, len).await?;
+                self.learn(offset, count, segment);
+                Ok((segment, count))
+            }
+        }
+    }
+
+    fn learn(&self, offset: u64, count: u64, segment: Segment) {
+        match segment {
+            Segment::File { file, offset: place, writable } => {
+                self.publish(offset, count, Place::File { file, offset: place, writable });
+            }
+            Segment::Zero { .. } => self.publish(offset, count, Place::Zero),
+            Segment::Special => {}
+        }
     }
 
     /// Lets the map know the whole clusters of a run.
@@ -179,15 +209,19 @@ impl Engine {
     /// Fills the buffer.
     pub(super) async fn read(&self, offset: u64, buf: Buffer) -> Result<Buffer> {
         let _lock = self.ranges.lock(offset, offset + buf.len() as u64, Mode::Shared).await;
-        self.read_locked(offset, buf).await
+        self.read_locked(offset, buf, true).await
     }
 
-    /// The same for whoever holds a lock on the range.
-    pub(super) async fn read_locked(&self, offset: u64, mut buf: Buffer) -> Result<Buffer> {
+    /// The same for whoever holds a lock on the range; whoever is about to change where it lies does not `learn` that.
+    pub(super) async fn read_locked(&self, offset: u64, mut buf: Buffer, learn: bool) -> Result<Buffer> {
         let mut at = 0;
         while at < buf.len() {
             let place = offset + at as u64;
-            let (segment, count) = self.resolve(place, (buf.len() - at) as u64).await?;
+            let left = (buf.len() - at) as u64;
+            let (segment, count) = match learn {
+                true => self.resolve(place, left).await?,
+                false => self.look(place, left).await?,
+            };
             let part = at..at + index(count);
             at = part.end;
             match segment {

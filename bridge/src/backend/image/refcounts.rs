@@ -17,23 +17,23 @@ pub(super) async fn find_fault(
     structures: &[Range<u64>],
 ) -> io::Result<Option<String>> {
     let cluster = header.cluster_size();
-    let mut known = (u64::MAX, Vec::new());
+    let mut known = (None, Vec::new());
     for range in structures {
         let mut at = range.start;
         while at < range.end {
             let (block, place, counter) = place_of(header, at);
             // Several clusters have their counters in one block.
-            if known.0 != block * u64::from(u32::MAX) + place {
+            if known.0 != Some((block, place)) {
                 let bytes = match block_offset(host, header, block).await? {
                     Some(offset) => host.read_file(offset + place, index(BLOCK)).await?.to_vec(),
                     None => Vec::new(),
                 };
-                known = (block * u64::from(u32::MAX) + place, bytes);
+                known = (Some((block, place)), bytes);
             }
             if refcount(&known.1, counter, header.refcount_order) == 0 {
                 return Ok(Some(format!("has broken refcounts: its own cluster at {at:#x} counts as free")));
             }
-            at += cluster;
+            at = at.saturating_add(cluster);
         }
     }
     Ok(None)
@@ -56,7 +56,7 @@ async fn block_offset(host: &Host, header: &Header, block: u64) -> io::Result<Op
     if block >= entries {
         return Ok(None);
     }
-    let bytes = host.read_file(header.reftable_offset + block * 8, 8).await?;
+    let bytes = host.read_file(header.reftable_offset.saturating_add(block * 8), 8).await?;
     let offset = bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte)) & !(BLOCK - 1);
     Ok((offset != 0 && offset < 1 << 56).then_some(offset))
 }

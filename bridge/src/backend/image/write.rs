@@ -149,7 +149,7 @@ impl Engine {
         if self.is_zero(range.start, len).await? {
             return Ok(Before::Zeroes(range));
         }
-        self.read_locked(range.start, Buffer::new(index(len))).await.map(Before::Bytes)
+        self.read_locked(range.start, Buffer::new(index(len)), false).await.map(Before::Bytes)
     }
 
     /// Makes part of a new cluster read as zeroes; past the end of the file it does.
