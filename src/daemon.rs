@@ -169,9 +169,13 @@ impl PidFile {
         let path = std::path::absolute(path).with_context(|| format!("--pid-file {}", path.display()))?;
         let content = format!("{}\n", std::process::id());
         let cannot = || format!("{}: cannot write the process number there", path.display());
-        // A rename would replace what is there, and nobody wants to lose /dev/null.
-        if path.metadata().is_ok_and(|there| !there.is_file()) {
-            bail!("{}: not an ordinary file; give --pid-file another name", path.display());
+        // A rename would replace what is there, and nobody wants to lose /dev/null, or an image.
+        match path.metadata() {
+            Ok(there) if !there.is_file() => {
+                bail!("{}: not an ordinary file; give --pid-file another name", path.display())
+            }
+            Ok(there) => check_old(&path, there.len())?,
+            Err(_) => {}
         }
         let mut new = path.clone().into_os_string();
         new.push(format!(".{}", std::process::id()));
@@ -184,6 +188,23 @@ impl PidFile {
         written.with_context(cannot)?;
         Ok(PidFile { path, content })
     }
+}
+
+/// Refuses to replace what is no process number, or the one of a server that runs.
+fn check_old(path: &Path, len: u64) -> Result<()> {
+    let text = if len <= 32 { std::fs::read_to_string(path).unwrap_or_default() } else { String::from("?") };
+    let number = text.trim();
+    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        bail!("{}: exists and holds no process number; give --pid-file another name", path.display());
+    }
+    let name = std::fs::read_to_string(format!("/proc/{number}/comm")).unwrap_or_default();
+    if !number.is_empty()
+        && name.trim_end() == env!("CARGO_PKG_NAME")
+        && number != std::process::id().to_string()
+    {
+        bail!("{}: process {number} runs with it; give --pid-file another name", path.display());
+    }
+    Ok(())
 }
 
 impl Drop for PidFile {
@@ -219,6 +240,20 @@ mod tests {
         std::fs::write(&path, "1\n").unwrap();
         drop(file);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn what_is_no_process_number_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        for content in ["precious\n".to_owned(), "12 34".to_owned(), "7".repeat(100)] {
+            std::fs::write(&path, &content).unwrap();
+            let error = format!("{:#}", PidFile::create(&path).unwrap_err());
+            assert!(error.contains("holds no process number"), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
+        }
+        std::fs::write(&path, "").unwrap();
+        drop(PidFile::create(&path).unwrap());
     }
 
     #[test]

@@ -135,9 +135,9 @@ fn control_site(
     control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
 }
 
-/// Serves until a door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.
+/// Serves until the command's own door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.
 async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) -> bool {
-    let mut ended = pin!(first(doors.iter().map(|door| door.serve()).collect()));
+    let mut ended = pin!(main_one(doors.iter().map(|door| door.serve()).collect()));
     tokio::select! {
         () = &mut ended => return false,
         () = stop.wait() => tracing::info!("stopping"),
@@ -179,11 +179,17 @@ async fn flush(export: &Arc<Export>, workers: &Workers) -> bool {
     }
 }
 
-/// Polls all of them until one is ready.
-async fn first(mut futures: Vec<LocalFuture<'_, ()>>) {
-    poll_fn(|cx| match futures.iter_mut().any(|future| future.as_mut().poll(cx).is_ready()) {
-        true => Poll::Ready(()),
-        false => Poll::Pending,
+/// Polls all of them until the first in the list is ready: when another door was closed by its user, the one that the
+/// command is about goes on.
+async fn main_one(mut futures: Vec<LocalFuture<'_, ()>>) {
+    let mut over = vec![false; futures.len()];
+    poll_fn(|cx| {
+        for (future, over) in futures.iter_mut().zip(&mut over) {
+            if !*over && future.as_mut().poll(cx).is_ready() {
+                *over = true;
+            }
+        }
+        if over.first() == Some(&true) { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
 }
@@ -209,12 +215,18 @@ async fn all<T>(mut futures: Vec<LocalFuture<'_, T>>) -> Vec<T> {
 struct Stop {
     terminate: Signal,
     interrupt: Signal,
+    /// None where whoever started us wants it ignored, as nohup does.
+    hangup: Option<Signal>,
 }
 
 impl Stop {
     fn new() -> Result<Self> {
         let handle = |kind| signal(kind).context("cannot handle signals");
-        Ok(Stop { terminate: handle(SignalKind::terminate())?, interrupt: handle(SignalKind::interrupt())? })
+        Ok(Stop {
+            terminate: handle(SignalKind::terminate())?,
+            interrupt: handle(SignalKind::interrupt())?,
+            hangup: (!hangup_is_ignored()).then(|| handle(SignalKind::hangup())).transpose()?,
+        })
     }
 
     /// Waits for one more than the first; whether that has come already is `told`.
@@ -227,9 +239,23 @@ impl Stop {
 
     /// Waits for the next one. Cancel-safe.
     async fn wait(&mut self) {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => _ = hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            () = hangup => {}
         }
     }
+}
+
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // Signal 1 has the lowest bit.
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
 }

@@ -9,6 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nbd_proto::{NbdError, ReplyStyle, TransmissionFlags};
 use serde_json::Value;
@@ -102,6 +103,22 @@ fn the_commands_own_door_writes_and_the_other_reads() {
     client.write(0, &[6; 4096]);
     assert_eq!(both.read_file(0), [6; 4096]);
     assert!(both.write_file(0, &[1; 512]).is_err());
+    drop(client);
+    both.server.stop();
+}
+
+#[test]
+fn a_second_door_that_is_closed_takes_the_first_with_it_not() {
+    let test = "a_second_door_that_is_closed_takes_the_first_with_it_not";
+    let Some(both) = Both::start(test, &["net", "mem:1M", "-x", "disk", "--also-fuse", "FILE"]) else {
+        return;
+    };
+    let mut client = both.client();
+    assert!(Command::new("umount").arg(both.file()).status().unwrap().success());
+    // A server that ended with it would be gone by then.
+    std::thread::sleep(Duration::from_millis(300));
+    client.write(0, &[7; 4096]);
+    assert_eq!(client.read(0, 4096), [7; 4096]);
     drop(client);
     both.server.stop();
 }
