@@ -26,7 +26,7 @@ const SINGLES: u32 = 16;
 const MISSES: u32 = 4;
 
 /// Staying awake may cost so much more than sleeping, in percent, since it halves the client's wait.
-const WORTH_PERCENT: u64 = 115;
+const WORTH_PERCENT: u64 = 150;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
