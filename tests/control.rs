@@ -298,7 +298,10 @@ fn the_routes_answer_in_json_whatever_is_asked() {
     let (status, limits) = http(&socket, "PATCH", "/v1/throttle?export=a%20b%2Fc", r#"{"bps-total": "2M"}"#);
     assert_eq!((status, limits), (200, json!({"export": "a b/c", "limits": {"bps-total": 2 << 20}})));
     let (status, resized) = http(&socket, "POST", "/v1/resize?export=d", r#"{"size": 2097152}"#);
-    assert_eq!((status, resized), (200, json!({"export": "d", "old_size": 1 << 20, "size": 2 << 20})));
+    assert_eq!(
+        (status, resized),
+        (200, json!({"export": "d", "fixed": [], "old_size": 1 << 20, "size": 2 << 20}))
+    );
     let (status, limits) = http(&socket, "DELETE", "/v1/throttle?export=a+b/c", "");
     assert_eq!((status, limits), (200, json!({"export": "a b/c", "limits": {}})));
     assert_eq!(http(&socket, "GET", "/v1/stats", "").1.as_array().unwrap().len(), 2);
