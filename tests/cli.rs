@@ -44,6 +44,7 @@ fn usage_errors_are_one_line_and_exit_2() {
         (&["net", "a", "--cache", "x"], "possible values: writeback, none, directsync, writethrough, unsafe"),
         (&["net", "a", "--handshake-limit", "soon"], "not a time"),
         (&["net", "a", "--memory-budget", "1M"], "at least 128 MiB"),
+        (&["create", "-f", "qcow2", "-b", "./a", "a"], "its own backing file"),
         (&["net", "a", "-f", "vhdx"], "qemu-img convert -f vhdx"),
         (&["net", "a", "--detect-zeroes", "some"], "possible values: off, on, unmap"),
         (&["net", "a", "--detect-zeroes", "unmap", "--discard", "ignore"], "needs --discard unmap"),

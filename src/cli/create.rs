@@ -81,6 +81,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
                 let way_out = "--allocate is for raw images; `qemu-img create -f qcow2 -o preallocation=falloc` does it";
                 return Err(UsageError::new(way_out).into());
             }
+            if args.backing.as_deref().is_some_and(|backing| is_itself(&args.path, backing)) {
+                return Err(UsageError::new("an image cannot be its own backing file").into());
+            }
             let options = CreateOptions {
                 size: args.size,
                 cluster_size: args.cluster_size.unwrap_or(CLUSTER_SIZE),
@@ -96,6 +99,12 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
     // The image is made, whether or not somebody listens.
     let _ = writeln!(io::stdout(), "{}: {} image, {size} ({bytes} bytes)", args.path.display(), args.format);
     Ok(())
+}
+
+/// Whether a backing file, named as seen from the image's folder, is the image.
+fn is_itself(image: &Path, backing: &Path) -> bool {
+    let named = image.parent().unwrap_or(Path::new("")).join(backing);
+    matches!((std::path::absolute(image), std::path::absolute(named)), (Ok(image), Ok(named)) if image == named)
 }
 
 fn only_read(format: Format) -> anyhow::Error {
