@@ -152,7 +152,7 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// A userspace block bridge: serves disk images over NBD.
+/// A userspace block bridge: opens disk images to NBD clients, as block devices and as files.
 #[derive(Debug, Parser)]
 #[command(
     name = "nbdbridge",
@@ -195,7 +195,7 @@ enum Words {
     Resize(ask::ResizeCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
-    /// Tell what a disk image is
+    /// Tell what a source is
     Info(Box<InfoArgs>),
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
