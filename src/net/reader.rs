@@ -42,6 +42,8 @@ pub(super) struct Reader {
     pub(super) worked: u64,
     /// Requests taken in since the last wait.
     pub(super) taken: u32,
+    /// Whether one of them came before an earlier one was answered.
+    pub(super) overlapped: bool,
     linger: Linger,
     /// Whether to look for more requests before answers are sent, and after it before waiting.
     before_send: Look,
@@ -59,6 +61,7 @@ impl Reader {
             arena_charge: None,
             worked: 0,
             taken: 0,
+            overlapped: false,
             linger: Linger::new(),
             before_send: Look::default(),
             after_send: Look::default(),
@@ -155,9 +158,16 @@ impl Reader {
         let connection = self.connection.clone();
         let midway = self.input.is_midway();
         let looked = self.looked;
-        if !midway && self.linger.decide(std::mem::take(&mut self.taken), processor_time) {
-            let found = self.stay_awake().await;
-            self.linger.ended(found);
+        if midway {
+            if self.linger.is_awake() {
+                self.stay_awake().await;
+            }
+        } else {
+            let (taken, overlapped) = (std::mem::take(&mut self.taken), std::mem::take(&mut self.overlapped));
+            if self.linger.decide(taken, overlapped, processor_time) {
+                let found = self.stay_awake().await;
+                self.linger.ended(found);
+            }
         }
         let wait = connection.reader_wait(|cx| {
             if connection.is_closed() {
