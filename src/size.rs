@@ -99,6 +99,12 @@ pub(crate) fn human(bytes: u64) -> String {
     }
 }
 
+/// The same where [`human`] is exact, else in bytes: for what is a setting.
+pub(crate) fn exact(bytes: u64) -> String {
+    let text = human(bytes);
+    if parse(&text.replace(' ', "")) == Ok(bytes) { text } else { format!("{bytes} bytes") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,6 +160,10 @@ mod tests {
             (MAX_BYTES, "7.9 EiB"),
         ] {
             assert_eq!(human(bytes), text);
+        }
+        for (bytes, text) in [(512, "512 bytes"), (3000, "3000 bytes"), (4096, "4 KiB"), (3 << 19, "1.5 MiB")]
+        {
+            assert_eq!(exact(bytes), text);
         }
     }
 
