@@ -41,6 +41,8 @@ pub struct Export {
     backend: Arc<dyn Backend>,
     stats: Stats,
     throttle: Option<ThrottleHandle>,
+    /// Limits that it shares with others, by their names.
+    groups: Vec<(String, ThrottleHandle)>,
     /// Held while the size changes.
     resizing: Mutex<()>,
     size: watch::Sender<u64>,
@@ -49,13 +51,19 @@ pub struct Export {
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
-        Export::of(name.into(), description, Arc::from(backend), None)
+        Export::of(name.into(), description, Arc::from(backend), None, Vec::new())
     }
 
-    /// An export whose limits can be changed while it is served: see [`Export::throttle`].
-    pub fn throttled(name: impl Into<String>, description: Option<String>, stack: Throttle) -> Arc<Self> {
+    /// An export whose limits can be changed while it is served: see [`Export::throttle`]. `groups` are those whose
+    /// limits lie below its own.
+    pub fn throttled(
+        name: impl Into<String>,
+        description: Option<String>,
+        stack: Throttle,
+        groups: Vec<(String, ThrottleHandle)>,
+    ) -> Arc<Self> {
         let throttle = Some(stack.handle());
-        Export::of(name.into(), description, Arc::new(stack), throttle)
+        Export::of(name.into(), description, Arc::new(stack), throttle, groups)
     }
 
     fn of(
@@ -63,10 +71,11 @@ impl Export {
         description: Option<String>,
         backend: Arc<dyn Backend>,
         throttle: Option<ThrottleHandle>,
+        groups: Vec<(String, ThrottleHandle)>,
     ) -> Arc<Self> {
         let size = watch::Sender::new(backend.geometry().size);
         let (stats, resizing) = (Stats::new(), Mutex::new(()));
-        Arc::new(Export { name, description, backend, stats, throttle, resizing, size })
+        Arc::new(Export { name, description, backend, stats, throttle, groups, resizing, size })
     }
 
     /// The same export for a door that must not write: one name, one backend, one set of counters and limits, one
@@ -78,6 +87,7 @@ impl Export {
             backend: Arc::new(ReadOnly::over(self.backend.clone())),
             stats: self.stats.clone(),
             throttle: self.throttle.clone(),
+            groups: self.groups.clone(),
             resizing: Mutex::new(()),
             size: self.size.clone(),
         })
@@ -106,6 +116,11 @@ impl Export {
     /// What changes its limits; None where it was made without.
     pub fn throttle(&self) -> Option<&ThrottleHandle> {
         self.throttle.as_ref()
+    }
+
+    /// What changes limits that it shares with others, by their names.
+    pub fn throttle_groups(&self) -> &[(String, ThrottleHandle)] {
+        &self.groups
     }
 
     /// Executes a read or write now, or declines with None: then [`Export::execute`] is the way. `arrived` is
@@ -263,7 +278,7 @@ impl Export {
         Ok(())
     }
 
-    /// The size in bytes, and each change of it by [`Export::resize`].
+    /// The size in bytes, and each change of it.
     pub fn watch_size(&self) -> watch::Receiver<u64> {
         self.size.subscribe()
     }
@@ -358,7 +373,7 @@ mod tests {
     fn a_read_only_view_shares_all_but_the_right_to_write() {
         let config = "iops-total=1000000".parse::<ThrottleConfig>().unwrap();
         let stack = Throttle::new(Box::new(MemoryBackend::new(4096)), config).unwrap();
-        let export = Export::throttled("disk", Some("words".to_owned()), stack);
+        let export = Export::throttled("disk", Some("words".to_owned()), stack, Vec::new());
         let view = export.read_only_view();
         assert_eq!((view.name(), view.description()), ("disk", Some("words")));
         assert!(view.geometry().read_only() && !export.geometry().read_only());
