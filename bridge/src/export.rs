@@ -278,6 +278,31 @@ impl Export {
         Ok(())
     }
 
+    /// Makes the export `size` bytes long, where it is longer; what lies past that is gone. Only for a door that is alone
+    /// with the export and has no request in flight: what was checked against the old size may lie past the new one.
+    /// Not cancel-safe.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `NotSupported` where the source cannot shrink; the source's own.
+    pub async fn shrink_to(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if size >= geometry.size {
+            return Ok(());
+        }
+        if !geometry.capabilities.contains(Capabilities::SHRINK) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot shrink"));
+        }
+        debug_assert!(size.is_multiple_of(u64::from(geometry.min_block)), "who can shrink has no blocks");
+        self.backend.shrink(size).await?;
+        tracing::info!(export = self.name, from = geometry.size, to = size, "the export has shrunk");
+        self.size.send_replace(size);
+        Ok(())
+    }
+
     /// The size in bytes, and each change of it.
     pub fn watch_size(&self) -> watch::Receiver<u64> {
         self.size.subscribe()

@@ -21,6 +21,7 @@ use tokio::sync::{RwLock, Semaphore, watch};
 
 use super::attributes::Attributes;
 use super::file::DiskFile;
+use super::length::Length;
 use super::mount::{self, Unmounted, Wish};
 use super::point::{Point, unmount_path};
 use super::users;
@@ -81,7 +82,7 @@ impl FuseDoor {
             // The first error is the one to tell.
             let _ = unmount_path(&point.path);
         })?;
-        let attachment = Attachment::new(&source, &point.path, point.was_made(), &geometry, read_only);
+        let attachment = Attachment::new(&source, &point.path, point.made(), &geometry, read_only);
         let door = FuseDoor {
             export: export.name().to_owned(),
             ended,
@@ -190,6 +191,8 @@ fn start(
 ) -> Result<watch::Receiver<bool>> {
     let account = Budget::new(MEMORY_BUDGET).open_account().context("no memory for requests")?;
     let threads = args.threads.unwrap_or_else(default_threads).max(1);
+    let shrinks =
+        args.growable && site.alone && export.geometry().capabilities.contains(Capabilities::SHRINK);
     let file = DiskFile {
         attributes: Arc::new(Attributes::new(point.mode, point.uid, point.gid, &export)),
         export,
@@ -197,6 +200,7 @@ fn start(
         account: Arc::new(account),
         runtime: Handle::current(),
         growable: args.growable,
+        length: if shrinks { Length::may_shrink() } else { Length::default() },
         patience: Semaphore::new(threads - 1),
         blocks: Arc::new(RwLock::new(())),
     };
