@@ -63,12 +63,6 @@ impl Attachment {
         }
     }
 
-    /// The same with a block device upon it.
-    pub(crate) fn with_device(mut self, device: &Path) -> Self {
-        self.device = Some(device.to_owned());
-        self
-    }
-
     /// Writes it down. Where that is not possible, nobody lists it, and nothing else is lost.
     pub(crate) fn save(&self) -> Option<StateFile> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -198,7 +192,8 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         assert!(child.wait().unwrap().success(), "it was not buried yet, and counted as gone");
-        let text = serde_json::to_string(&mine.clone().with_device(Path::new("/dev/loop7"))).unwrap();
+        let upon_it = Attachment { device: Some("/dev/loop7".into()), ..mine.clone() };
+        let text = serde_json::to_string(&upon_it).unwrap();
         let back: Attachment = serde_json::from_str(&text).unwrap();
         assert_eq!(back.device.as_deref(), Some(Path::new("/dev/loop7")));
         assert_eq!(Attachment { device: None, ..back }, mine);

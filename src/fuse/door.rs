@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bridge::{Budget, Capabilities, Export, LocalFuture};
 use fuser::{Config, Session, SessionACL};
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, Semaphore, watch};
+use tokio::sync::{RwLock, watch};
 
 use super::attributes::Attributes;
 use super::file::DiskFile;
@@ -39,6 +39,9 @@ const MAX_THREADS: usize = 4;
 /// A file that does not answer a first look within this time is not ready.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
+/// How long a new size may be unknown to `nbdbridge devices`.
+const NOTE_AGAIN: Duration = Duration::from_millis(500);
+
 /// An export as a mounted file.
 pub(crate) struct FuseDoor {
     /// The name of what it serves.
@@ -51,7 +54,9 @@ pub(crate) struct FuseDoor {
     drain_timeout: Duration,
     /// What `nbdbridge devices` finds; gone with the door.
     state: RefCell<Option<StateFile>>,
-    attachment: Attachment,
+    attachment: RefCell<Attachment>,
+    /// The export's.
+    size: watch::Receiver<u64>,
 }
 
 impl FuseDoor {
@@ -74,6 +79,7 @@ impl FuseDoor {
                 UsageError::new(format!("--growable: {} {why}; leave it out", site.args[0].source)).into()
             );
         }
+        let size = export.watch_size();
         let point = Point::prepare(&args.file)?;
         let source = shown(&site.args[0].source);
         let wish = Wish { source: &source, read_only, allow_other: args.allow_other };
@@ -89,7 +95,8 @@ impl FuseDoor {
             unmounted: Cell::new(false),
             drain_timeout: site.process.drain_timeout,
             state: RefCell::new(attachment.save()),
-            attachment,
+            attachment: RefCell::new(attachment),
+            size,
             point,
         };
         if let Err(error) = look_at(&door.point.path, geometry.size).await {
@@ -106,9 +113,25 @@ impl FuseDoor {
 
     /// Tells `nbdbridge devices` that a block device stands upon the file.
     pub(crate) fn note_device(&self, device: &Path) {
-        let attachment = self.attachment.clone().with_device(device);
+        self.note(|attachment| attachment.device = Some(device.to_owned()));
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Attachment)) {
+        let mut attachment = self.attachment.borrow_mut();
+        change(&mut attachment);
         self.state.replace(None);
         self.state.replace(attachment.save());
+    }
+
+    /// Writes the size down as it changes; not more often than a person looks.
+    async fn note_sizes(&self) {
+        let mut size = self.size.clone();
+        while size.changed().await.is_ok() {
+            tokio::time::sleep(NOTE_AGAIN).await;
+            let now = *size.borrow_and_update();
+            self.note(|attachment| attachment.size = now);
+        }
+        std::future::pending().await
     }
 
     /// Unmounts, lazily where it is in use; says whether it was in use.
@@ -151,7 +174,10 @@ impl Door for FuseDoor {
     /// Until somebody unmounts the file.
     fn serve(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
-            self.until_ended().await;
+            tokio::select! {
+                () = self.until_ended() => {}
+                () = self.note_sizes() => {}
+            }
             tracing::info!("{}: unmounted", self.point.path.display());
         })
     }
@@ -201,7 +227,6 @@ fn start(
         runtime: Handle::current(),
         growable: args.growable,
         length: if shrinks { Length::may_shrink() } else { Length::default() },
-        patience: Semaphore::new(threads - 1),
         blocks: Arc::new(RwLock::new(())),
     };
     let mut config = Config::default();

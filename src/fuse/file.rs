@@ -16,7 +16,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::RwLock;
 
 use super::attributes::{Attributes, Change};
 use super::length::Length;
@@ -28,9 +28,6 @@ pub(super) const MAX_BYTES: u32 = 1 << 20;
 /// Requests that the kernel sends ahead of their answers (asynchronous I/O). Users who are not root get what
 /// /sys/module/fuse/parameters/max_user_bgreq allows.
 const MAX_BACKGROUND: u16 = 512;
-
-/// A write of more than this is large: to copy it for a worker costs more than a moment of waiting.
-const LARGE_BYTES: usize = 64 << 10;
 
 /// Sizes and space change without the kernel's doing: it is to ask each time.
 pub(super) const NO_TIME: Duration = Duration::ZERO;
@@ -51,8 +48,6 @@ pub(super) struct DiskFile {
     pub(super) attributes: Arc<Attributes>,
     /// Writes past the end make the export longer.
     pub(super) growable: bool,
-    /// Threads that may wait for storage in a large write; the others stay for what is quick.
-    pub(super) patience: Semaphore,
     /// Keeps requests off while the file becomes shorter.
     pub(super) length: Length,
     /// Held by whoever writes part of a block, and shared by those who write whole ones; see `slow`.
@@ -97,7 +92,7 @@ impl DiskFile {
         Some(done.map(|()| &*buf))
     }
 
-    /// Stores data within the export, at once; None where it may have to wait, but for what patience there is.
+    /// Stores data within the export, at once; None where it may have to wait, but for a moment.
     fn fast_write(&self, asked: Asked, data: &[u8], arrived: Instant) -> Option<Result<()>> {
         let _steady = self.length.try_hold()?;
         let honoured = asked.flags == Flags::NONE || self.caps().contains(Capabilities::FUA);
@@ -106,9 +101,8 @@ impl DiskFile {
         if !honoured || !fits || self.has_blocks() {
             return None;
         }
-        let patience = if data.len() > LARGE_BYTES { self.patience.try_acquire().ok() } else { None };
-        let how = if patience.is_some() { asked.flags | Flags::PATIENT } else { asked.flags };
-        self.export.try_execute(&asked.with_flags(how), Data::From(data), arrived)
+        // To copy a large one for a worker costs more than a moment of waiting.
+        self.export.try_execute(&asked.with_flags(asked.flags | Flags::PATIENT), Data::From(data), arrived)
     }
 
     fn room(&self, offset: u64, len: usize) -> Room {

@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use crate::support::Random;
 use crate::support::mount::{Mount, fuse, missing, run};
+use crate::support::{PROGRAM, Random, eventually};
 
 #[test]
 fn a_growable_file_grows_with_what_is_written() {
@@ -67,6 +67,11 @@ fn a_raw_image_shrinks_too() {
     let (file, image) = (mount.open(), mount.join("disk.img"));
     file.write_all_at(&[7; 5000], 0).unwrap();
     run("truncate", &[&"-s", &"3000", &mount.path]);
+    eventually("the new size is listed", || {
+        let listed = run(PROGRAM, &[&"devices"]);
+        let row = listed.lines().find(|line| line.starts_with(mount.path.to_str().unwrap()));
+        row.is_some_and(|row| row.contains(" 2.9 KiB "))
+    });
     assert_eq!(file.metadata().unwrap().len(), 3000);
     assert_eq!(fs::metadata(&image).unwrap().len(), 3000);
     assert_eq!(file.read_at(&mut [0; 100], 3000).unwrap(), 0, "that is its end now");
