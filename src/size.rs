@@ -99,6 +99,11 @@ pub(crate) fn human(bytes: u64) -> String {
     }
 }
 
+/// A size for people, with its bytes where that says more: `64 MiB (67108864 bytes)`.
+pub(crate) fn full(bytes: u64) -> String {
+    if bytes < 1 << 10 { human(bytes) } else { format!("{} ({bytes} bytes)", human(bytes)) }
+}
+
 /// The same where [`human`] is exact, else in bytes: for what is a setting.
 pub(crate) fn exact(bytes: u64) -> String {
     let text = human(bytes);
@@ -165,6 +170,7 @@ mod tests {
         {
             assert_eq!(exact(bytes), text);
         }
+        assert_eq!((full(1023), full(3 << 9)), ("1023 bytes".to_owned(), "1.5 KiB (1536 bytes)".to_owned()));
     }
 
     proptest! {
