@@ -8,6 +8,7 @@ fn call(export: &Export, operation: Operation, data: Data<'_>) -> Result<()> {
     let len = match &data {
         Data::Into(buf) => buf.len(),
         Data::From(data) => data.len(),
+        Data::Piped(data) => data.len,
     };
     let request = Request { operation, offset: 0, len: len as u64, flags: Flags::NONE };
     export.try_execute(&request, data, Instant::now()).expect("memory never declines")
