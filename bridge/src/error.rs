@@ -131,6 +131,9 @@ pub enum OpenError {
         /// What to type instead.
         way_out: &'static str,
     },
+    /// This process has the image open, in a way that does not go together with this one.
+    #[error("{}: this process has it open already; the same file cannot be used twice where one use changes it", .0.display())]
+    Twice(PathBuf),
     /// The file to be created is there already.
     #[error("{}: exists already; remove it first, or choose another name", .0.display())]
     Exists(PathBuf),
@@ -150,14 +153,14 @@ pub enum OpenError {
         /// What is wrong with it, or with the way there.
         reason: String,
     },
-    /// Anything else the operating system said.
-    #[error("{}: {action}: {source}", .path.display())]
+    /// Anything else the operating system said. Its words are part of the text, and no source beside it.
+    #[error("{}: {action}: {error}", .path.display())]
     Os {
         /// The path as given.
         path: PathBuf,
         /// What was tried, as in "cannot open".
         action: &'static str,
         /// The operating system's answer.
-        source: std::io::Error,
+        error: std::io::Error,
     },
 }

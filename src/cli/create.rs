@@ -164,6 +164,6 @@ fn open_error(path: &Path, error: io::Error) -> anyhow::Error {
                 path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             anyhow!("{}: its folder {} does not exist; make it first", path.display(), folder.display())
         }
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", source: error }.into(),
+        _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", error }.into(),
     }
 }

@@ -297,5 +297,5 @@ fn unsupported(path: &Path, reason: String) -> OpenError {
 }
 
 fn os(path: &Path, action: &'static str, source: std::io::Error) -> OpenError {
-    OpenError::Os { path: path.to_owned(), action, source }
+    OpenError::Os { path: path.to_owned(), action, error: source }
 }

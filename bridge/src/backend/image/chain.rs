@@ -143,7 +143,7 @@ pub(super) fn beside(image: &Path, name: &Path) -> PathBuf {
 fn canonical(path: &Path) -> Result<PathBuf> {
     std::fs::canonicalize(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => OpenError::NotFound(path.to_owned()),
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", source },
+        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source },
     })
 }
 
@@ -220,7 +220,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         let fault = fault.map_err(|source| OpenError::Os {
             path: path.to_owned(),
             action: "cannot read it",
-            source,
+            error: source,
         })?;
         if let Some(fault) = fault {
             let check = format!("`qemu-img check -r all {}` repairs it", path.display());

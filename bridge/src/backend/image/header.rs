@@ -116,7 +116,7 @@ impl Header {
 /// # Errors
 /// One line: not readable, or malformed.
 pub(super) fn load(path: &Path) -> Result<Header, OpenError> {
-    let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, source };
+    let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, error: source };
     let file = std::fs::File::open(path).map_err(os("cannot open it"))?;
     let mut bytes = vec![0; MAX_HEADER];
     let mut filled = 0;

@@ -167,7 +167,7 @@ pub(super) fn wait_for<T: Send>(
     path: &Path,
     work: impl AsyncFnOnce() -> std::result::Result<T, OpenError> + Send,
 ) -> std::result::Result<T, OpenError> {
-    let os = |source| OpenError::Os { path: path.to_owned(), action: "cannot begin to open it", source };
+    let os = |source| OpenError::Os { path: path.to_owned(), action: "cannot begin to open it", error: source };
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("image-open".into())
