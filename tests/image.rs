@@ -8,7 +8,11 @@
 mod crash;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/status.rs"]
+mod status;
 mod support;
+#[path = "image/tables.rs"]
+mod tables;
 #[path = "image/words.rs"]
 mod words;
 
@@ -245,6 +249,55 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         let options = format!("data_file={},data_file_raw={raw}", text(&data));
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&image), &SIZE.to_string()]);
         place.serve_and_compare(&image, &mut model, &mut random, 100);
+    }
+}
+
+/// Many at once, in any order, with neighbours that touch and some that do not, and reads and writes between them.
+#[test]
+fn trims_that_wait_together_leave_their_neighbours_alone() {
+    if !has_qemu_img("trims_that_wait_together_leave_their_neighbours_alone") {
+        return;
+    }
+    let mut random = Random::new(0x5eed_500b);
+    for (compat, cluster) in [("1.1", 4096), ("1.1", 65536), ("0.10", 65536)] {
+        let place = Place::new();
+        let mut model = random.bytes(SIZE);
+        let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
+        let options = format!("compat={compat},cluster_size={cluster}");
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", &options, text(&raw), text(&image)]);
+        let server = Server::serve(&[text(&image)]);
+        let mut client = server.client(ReplyStyle::Structured);
+        // The lower half is trimmed but for every fifth cluster; the upper one is read and written.
+        let mut trims: Vec<usize> = (0..SIZE / 2 / cluster).filter(|n| n % 5 != 4).collect();
+        for n in (1..trims.len()).rev() {
+            trims.swap(n, random.index(n + 1));
+        }
+        let mut asked = 0;
+        for (n, trim) in trims.iter().enumerate() {
+            let at = trim * cluster;
+            asked += 1;
+            client.ask(Nbd::Trim, NO_FLAGS, at as u64, cluster as u64);
+            model[at..at + cluster].fill(0);
+            if n % 70 == 0 {
+                let at = SIZE / 2 + random.index(SIZE / 2 - 3000);
+                let data = random.bytes(3000);
+                client.ask_write(NO_FLAGS, at as u64, &data);
+                asked += 1;
+                for _ in 0..std::mem::take(&mut asked) {
+                    assert_eq!(client.answer().error, None);
+                }
+                model[at..at + 3000].copy_from_slice(&data);
+                assert!(client.read(at as u64, 3000) == data);
+            }
+        }
+        for _ in 0..asked {
+            assert_eq!(client.answer().error, None);
+        }
+        assert!(read_all(&mut client, SIZE) == model);
+        client.disconnect();
+        server.stop();
+        check(&image);
+        place.compare("qcow2", &image, &model);
     }
 }
 
