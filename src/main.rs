@@ -56,7 +56,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
-        Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => info::run(&args),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }
