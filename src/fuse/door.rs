@@ -9,7 +9,7 @@
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +51,8 @@ pub(crate) struct FuseDoor {
     /// What `nbdbridge devices` finds; gone with the door.
     state: RefCell<Option<StateFile>>,
     attachment: Attachment,
+    /// The block device of ours that stands upon it, and whose users are told of by its own door.
+    device: RefCell<Option<PathBuf>>,
 }
 
 impl FuseDoor {
@@ -89,6 +91,7 @@ impl FuseDoor {
             drain_timeout: site.process.drain_timeout,
             state: RefCell::new(attachment.save()),
             attachment,
+            device: RefCell::new(None),
             point,
         };
         if let Err(error) = look_at(&door.point.path, geometry.size).await {
@@ -106,6 +109,7 @@ impl FuseDoor {
     /// Tells `nbdbridge devices` that a block device stands upon the file.
     pub(crate) fn note_device(&self, device: &Path) {
         let attachment = self.attachment.clone().with_device(device);
+        self.device.replace(Some(device.to_owned()));
         self.state.replace(None);
         self.state.replace(attachment.save());
     }
@@ -115,9 +119,9 @@ impl FuseDoor {
         if self.unmounted.get() || *self.ended.borrow() {
             return Unmounted::Yes;
         }
-        let path = self.point.path.clone();
+        let (path, aloud) = (self.point.path.clone(), self.device.borrow().is_none());
         // fusermount3 may have to be waited for.
-        let done = tokio::task::spawn_blocking(move || take_away(&path)).await;
+        let done = tokio::task::spawn_blocking(move || take_away(&path, aloud)).await;
         self.unmounted.set(true);
         match done {
             Ok(Ok(unmounted)) => unmounted,
@@ -170,10 +174,9 @@ impl Door for FuseDoor {
             // Without users the threads end at once.
             let gone = tokio::time::timeout(Duration::from_millis(500), self.until_ended()).await;
             if gone.is_err() {
-                tracing::warn!(
-                    "{}: still in use: its users get an error from now on",
-                    self.point.path.display()
-                );
+                let device = self.device.borrow();
+                let path = device.as_ref().unwrap_or(&self.point.path);
+                tracing::warn!("{}: still in use: its users get an error from now on", path.display());
             }
             true
         })
@@ -251,9 +254,9 @@ async fn look_at(path: &Path, size: u64) -> Result<()> {
     }
 }
 
-fn take_away(path: &Path) -> Result<Unmounted> {
+fn take_away(path: &Path, aloud: bool) -> Result<Unmounted> {
     let unmounted = mount::unmount(path, false)?;
-    if unmounted == Unmounted::Busy {
+    if unmounted == Unmounted::Busy && aloud {
         tracing::warn!(
             "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
             path.display(),
