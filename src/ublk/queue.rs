@@ -2,9 +2,9 @@
 //! the rest run as tasks beside it.
 //!
 //! ```text
-//!   ring ──tags──> take ─┬─ try_execute ───────────────────────────┬─> commit ──one submit for the batch──> kernel
-//!                        ├─ large, from a file: the kernel fills it ─┤
-//!                        └─ task: execute (awaits) ──> Finished ──┘
+//!   ring ──tags──> take ─┬─ try_execute ─────────────────────────────┬─> commit ──one submit for the batch──> kernel
+//!                        ├─ large, in a file: the kernel fills it ───┤
+//!                        └─ task: execute (awaits) ──> Finished ─────┘
 //! ```
 //!
 //! The thread's runtime waits for the ring and for everything that tasks and backends wait for. A request whose answer was
