@@ -89,7 +89,7 @@ impl Features {
         (
             0,
             "SUPPORT_ZERO_COPY",
-            "used for large requests that are in a plain file (where BUF_REG_OFF_DAEMON is there)",
+            "used with --zero-copy, where BUF_REG_OFF_DAEMON is there too",
         ),
         (1, "URING_CMD_COMP_IN_TASK", "not used: for measurements"),
         (2, "NEED_GET_DATA", "not used: USER_COPY does it better"),
@@ -104,7 +104,7 @@ impl Features {
         (
             11,
             "AUTO_BUF_REG",
-            "not used: small requests are cheaper without, SUPPORT_ZERO_COPY is for large ones",
+            "not used: small requests are cheaper without",
         ),
         (12, "QUIESCE", "not used: an end is a stop, or unexpected"),
         (13, "PER_IO_DAEMON", "not used: a thread for each queue"),

@@ -80,6 +80,12 @@ fn stand_by(
     {
         tracing::warn!("{error:#}");
     }
+    // As a zombie the dead one can look alive for a while: what is its own is not in the way.
+    if let Some(path) = &supervisor.pid_path
+        && std::fs::read_to_string(path).is_ok_and(|text| text.trim() == boss.as_raw_pid().to_string())
+    {
+        let _ = std::fs::remove_file(path);
+    }
     let pid_file = supervisor.pid_path.as_deref().map(PidFile::create).transpose();
     if let Err(error) = &pid_file {
         tracing::warn!("{error:#}");
