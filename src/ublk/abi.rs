@@ -86,11 +86,7 @@ impl Features {
 
     /// Every feature by its bit: its name in the kernel, and what it is here.
     pub(super) const NAMES: [(u32, &'static str, &'static str); 20] = [
-        (
-            0,
-            "SUPPORT_ZERO_COPY",
-            "used with --zero-copy, where BUF_REG_OFF_DAEMON is there too",
-        ),
+        (0, "SUPPORT_ZERO_COPY", "used with --zero-copy, where BUF_REG_OFF_DAEMON is there too"),
         (1, "URING_CMD_COMP_IN_TASK", "not used: for measurements"),
         (2, "NEED_GET_DATA", "not used: USER_COPY does it better"),
         (3, "USER_RECOVERY", "used: a device outlives its process"),
@@ -101,11 +97,7 @@ impl Features {
         (8, "ZONED", "not used: no zoned sources"),
         (9, "USER_RECOVERY_FAIL_IO", "not used: requests wait for the successor"),
         (10, "UPDATE_SIZE", "used: the device grows while it is in use"),
-        (
-            11,
-            "AUTO_BUF_REG",
-            "not used: small requests are cheaper without",
-        ),
+        (11, "AUTO_BUF_REG", "not used: small requests are cheaper without"),
         (12, "QUIESCE", "not used: an end is a stop, or unexpected"),
         (13, "PER_IO_DAEMON", "not used: a thread for each queue"),
         (14, "BUF_REG_OFF_DAEMON", "not used; a sign that SUPPORT_ZERO_COPY has come of age"),
