@@ -65,8 +65,8 @@ fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits) -> Result<Ar
     if args.read_only {
         stack = Box::new(ReadOnly::new(stack));
     }
-    let stack = limits.lay(stack, &export.name)?;
-    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack))
+    let (stack, groups) = limits.lay(stack, &export.name)?;
+    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack, groups))
 }
 
 fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn Backend>> {

@@ -62,7 +62,9 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
         .build()
         .context("cannot start the event loop")?;
     let status = runtime.block_on(async {
-        let mut site = Site { exports: &exports, args: &args.exports, workers: &workers, process, passed };
+        let alone = args.doors.len() == 1;
+        let mut site =
+            Site { exports: &exports, args: &args.exports, workers: &workers, alone, process, passed };
         let mut doors = Vec::new();
         // The kernel's caches behind one door do not hear of what is written through another.
         let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();

@@ -88,6 +88,18 @@ impl Place {
         let model = self.file("model.raw", bytes);
         qemu_img(&["compare", "-f", format, "-F", "raw", text(image), text(&model)]);
     }
+
+    /// Serves a qcow2 image that holds `model`, does so many random things to both, and holds one against the other.
+    fn serve_and_compare(&self, image: &Path, model: &mut [u8], random: &mut Random, steps: usize) {
+        let server = Server::serve(&[text(image)]);
+        let mut client = server.client(ReplyStyle::Structured);
+        assert!(read_all(&mut client, model.len()) == model);
+        load(&mut client, model, random, steps);
+        client.disconnect();
+        server.stop();
+        check(image);
+        self.compare("qcow2", image, model);
+    }
 }
 
 /// A disk's first content: data, zeroes and holes.
@@ -174,13 +186,7 @@ fn what_we_write_qemu_reads() {
         let mut model = content(&mut random);
         let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
         qemu_img(&[&["convert", "-f", "raw", "-O", "qcow2"], *variant, &[text(&raw), text(&image)]].concat());
-        let server = Server::serve(&[text(&image)]);
-        let mut client = server.client(ReplyStyle::Structured);
-        load(&mut client, &mut model, &mut random, 60);
-        client.disconnect();
-        server.stop();
-        check(&image);
-        place.compare("qcow2", &image, &model);
+        place.serve_and_compare(&image, &mut model, &mut random, 60);
     }
 }
 
@@ -226,14 +232,7 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
             text(&top),
         ]);
         let below = (fs::read(&base).unwrap(), fs::read(&middle).unwrap());
-        let server = Server::serve(&[text(&top)]);
-        let mut client = server.client(ReplyStyle::Structured);
-        assert!(read_all(&mut client, SIZE) == model);
-        load(&mut client, &mut model, &mut random, 120);
-        client.disconnect();
-        server.stop();
-        check(&top);
-        place.compare("qcow2", &top, &model);
+        place.serve_and_compare(&top, &mut model, &mut random, 120);
         assert!(
             below == (fs::read(&base).unwrap(), fs::read(&middle).unwrap()),
             "what is below is only read"
@@ -245,13 +244,7 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         let (image, data) = (place.path("disk.qcow2"), place.path("disk.data"));
         let options = format!("data_file={},data_file_raw={raw}", text(&data));
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&image), &SIZE.to_string()]);
-        let server = Server::serve(&[text(&image)]);
-        let mut client = server.client(ReplyStyle::Structured);
-        load(&mut client, &mut model, &mut random, 100);
-        client.disconnect();
-        server.stop();
-        check(&image);
-        place.compare("qcow2", &image, &model);
+        place.serve_and_compare(&image, &mut model, &mut random, 100);
     }
 }
 
@@ -267,13 +260,7 @@ fn images_with_snapshots_in_them_keep_these() {
     let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", text(&raw), text(&image)]);
     qemu_img(&["snapshot", "-c", "before", text(&image)]);
-    let server = Server::serve(&[text(&image)]);
-    let mut client = server.client(ReplyStyle::Structured);
-    load(&mut client, &mut model, &mut random, 120);
-    client.disconnect();
-    server.stop();
-    check(&image);
-    place.compare("qcow2", &image, &model);
+    place.serve_and_compare(&image, &mut model, &mut random, 120);
     let old = place.path("old.raw");
     qemu_img(&["convert", "-l", "before", "-O", "raw", text(&image), text(&old)]);
     assert!(fs::read(&old).unwrap() == before);

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
@@ -88,12 +88,20 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// What is missing there, and how to get one where that is easy.
+fn missing(path: &Path) -> String {
+    if path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+        return "device".to_owned();
+    }
+    format!("file (`nbdbridge create {} SIZE` makes one)", path.display())
+}
+
 /// A source that could not be opened. Each text is one line that names the thing and the way out.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The path leads nowhere.
-    #[error("{}: no such file (`nbdbridge create {} SIZE` makes one)", .0.display(), .0.display())]
+    #[error("{}: no such {}", .0.display(), missing(.0))]
     NotFound(PathBuf),
     /// The path is a directory, a pipe or a character device.
     #[error("{}: is {what}, not a disk image or block device", .path.display())]

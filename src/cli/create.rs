@@ -95,9 +95,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
         }
         Format::Vmdk => return Err(only_read(args.format)),
     };
-    let size = size::human(bytes);
+    let size = size::full(bytes);
     // The image is made, whether or not somebody listens.
-    let _ = writeln!(io::stdout(), "{}: {} image, {size} ({bytes} bytes)", args.path.display(), args.format);
+    let _ = writeln!(io::stdout(), "{}: {} image, {size}", args.path.display(), args.format);
     Ok(())
 }
 

@@ -163,7 +163,7 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
         match value {
             Value::Text(value) => line(value),
             Value::Number(number) => line(&number.to_string()),
-            Value::Bytes(bytes) => line(&format!("{} ({bytes} bytes)", size::human(*bytes))),
+            Value::Bytes(bytes) => line(&size::full(*bytes)),
             Value::Flag(set) => line(if *set { "yes" } else { "no" }),
             Value::List(items) => line(&items.join(", ")),
             Value::Partitions(table) => {

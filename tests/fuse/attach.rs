@@ -109,6 +109,17 @@ fn attach_devices_detach() {
 }
 
 #[test]
+fn what_has_no_sector_is_no_device() {
+    if skip("what_has_no_sector_is_no_device") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let refused = nbdbridge(folder.path(), &["attach", "mem:100"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(one_line(&refused).contains("mem:100: of 100 bytes no block device"), "{refused:?}");
+}
+
+#[test]
 fn what_a_killed_attachment_has_left_is_cleared() {
     const TEST: &str = "what_a_killed_attachment_has_left_is_cleared";
     if skip(TEST) {

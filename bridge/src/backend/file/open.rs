@@ -222,7 +222,7 @@ fn geometry(
             | Capabilities::FAST_ZERO
     };
     if !options.read_only && !matches!(kind, Kind::Device(_)) {
-        capabilities = capabilities | Capabilities::GROW | Capabilities::ALLOCATE;
+        capabilities = capabilities | Capabilities::GROW | Capabilities::SHRINK | Capabilities::ALLOCATE;
     }
     if matches!(kind, Kind::Device(_)) && sys::device_rotational(file).unwrap_or(false) {
         capabilities = capabilities | Capabilities::ROTATIONAL;
