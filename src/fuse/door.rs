@@ -139,9 +139,9 @@ impl FuseDoor {
         if self.unmounted.get() || *self.ended.borrow() {
             return Unmounted::Yes;
         }
-        let path = self.point.path.clone();
+        let (path, aloud) = (self.point.path.clone(), self.attachment.borrow().device.is_none());
         // fusermount3 may have to be waited for.
-        let done = tokio::task::spawn_blocking(move || take_away(&path)).await;
+        let done = tokio::task::spawn_blocking(move || take_away(&path, aloud)).await;
         self.unmounted.set(true);
         match done {
             Ok(Ok(unmounted)) => unmounted,
@@ -197,10 +197,9 @@ impl Door for FuseDoor {
             // Without users the threads end at once.
             let gone = tokio::time::timeout(Duration::from_millis(500), self.until_ended()).await;
             if gone.is_err() {
-                tracing::warn!(
-                    "{}: still in use: its users get an error from now on",
-                    self.point.path.display()
-                );
+                let attachment = self.attachment.borrow();
+                let path = attachment.device.as_ref().unwrap_or(&self.point.path);
+                tracing::warn!("{}: still in use: its users get an error from now on", path.display());
             }
             true
         })
@@ -280,9 +279,9 @@ async fn look_at(path: &Path, size: u64) -> Result<()> {
     }
 }
 
-fn take_away(path: &Path) -> Result<Unmounted> {
+fn take_away(path: &Path, aloud: bool) -> Result<Unmounted> {
     let unmounted = mount::unmount(path, false)?;
-    if unmounted == Unmounted::Busy {
+    if unmounted == Unmounted::Busy && aloud {
         tracing::warn!(
             "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
             path.display(),
