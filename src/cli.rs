@@ -42,7 +42,9 @@ pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
 pub(crate) use ublk::{DevicesArgs, RecoverArgs, UblkArgs};
-pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
+pub(crate) use values::{
+    AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, parse_source,
+};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;

@@ -28,6 +28,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bridge::Export;
 use bridge::worker::Workers;
 
+pub(crate) use folder::path as runtime_folder;
 pub(crate) use server::Control;
 pub(crate) use wire::{Client, ClientReport, Place};
 

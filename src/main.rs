@@ -19,6 +19,8 @@ mod serve;
 mod size;
 mod systemd;
 mod ublk;
+#[allow(dead_code, unused_imports)]
+mod volume;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -1,0 +1,34 @@
+//! The volume engine: disks with a file system of their own for containers, kept in a pool. Used by hand
+//! (`nbdbridge volume`), by the plugin daemon and whoever else has containers to serve.
+//!
+//! ```text
+//!   command (by hand), the plugin daemon
+//!      │ names, options, holders
+//!   Pool ── create, remove, mount, limit, fsck, status ──┬── filesystem: mkfs, fsck, probe
+//!      │ locks a Volume, and its Record (volume.json)    ├── plane: `nbdbridge attach`, a process for each volume in use
+//!      │                                                 └── runtime: what is attached and mounted now (/run)
+//!   POOL/<name>/disk.raw|disk.qcow2, volume.json, snapshots/
+//! ```
+//!
+//! - A volume is a folder, and moves to another host by copying it: what is mounted is mounted elsewhere, below /run.
+//! - What has been answered is durable. A step that was cut short is undone or finished by whoever opens the pool next.
+//! - A file system is made once, in `create`, and never because something could not be read.
+//! - Functions here block, and are called from threads that may.
+
+mod durable;
+mod error;
+mod name;
+mod options;
+mod pool;
+mod progress;
+mod record;
+mod runtime;
+mod status;
+
+pub(crate) use error::{Error, Result};
+pub(crate) use name::{Name, Origin};
+pub(crate) use options::{DoorChoice, FsKind, Options, Provision};
+pub(crate) use pool::{Pool, Settings, Volume};
+pub(crate) use progress::{Progress, Silent};
+pub(crate) use record::{Pending, Record};
+pub(crate) use status::{Health, Status, Usage};

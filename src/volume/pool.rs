@@ -1,0 +1,391 @@
+//! The pool: a folder of volumes. Who may do what at the same time, what is in it, and how much more may be.
+//!
+//! Locks (flock(2), on the folders themselves, so that nothing is left of them):
+//! - the pool's, for moments: while a name or space is given away;
+//! - a volume's, for as long as something is done to it. Whoever has a [`Volume`] has its lock.
+//!
+//! A volume's lock is taken before the pool's, never after it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::runtime::{Runtime, State};
+use super::{Error, Name, Pending, Record, Result, durable};
+use crate::size;
+
+/// The file that makes a folder a pool. No volume can have this name.
+const FILE: &str = ".pool.json";
+
+/// What begins with this is being removed.
+pub(super) const GONE: &str = ".gone-";
+
+/// What a pool is set to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Settings {
+    /// Bytes of the pool's file system that volumes leave free.
+    pub(crate) reserve: Share,
+    /// How many times the rest may be promised.
+    pub(crate) overcommit: f64,
+    /// The size of a volume that nobody gave one, in bytes.
+    pub(crate) default_size: u64,
+}
+
+/// A part of something: bytes, or hundredths.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Share {
+    Bytes(u64),
+    Percent(u8),
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { reserve: Share::Percent(5), overcommit: 1.0, default_size: 1 << 30 }
+    }
+}
+
+impl Share {
+    /// So much of `whole`, in bytes.
+    fn of(self, whole: u64) -> u64 {
+        match self {
+            Share::Bytes(bytes) => bytes,
+            Share::Percent(percent) => whole / 100 * u64::from(percent),
+        }
+    }
+}
+
+/// An open pool.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    folder: PathBuf,
+    settings: Settings,
+    runtime: Runtime,
+}
+
+/// Space in a pool, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Space {
+    /// Of the file system that it is in.
+    pub(crate) capacity: u64,
+    pub(crate) free: u64,
+    /// Kept free.
+    pub(crate) reserve: u64,
+    /// The sizes of all volumes.
+    pub(crate) promised: u64,
+    /// What they may be at most.
+    pub(crate) promisable: u64,
+}
+
+/// A volume that nobody else works on while this is there.
+#[derive(Debug)]
+pub(crate) struct Volume<'a> {
+    pub(crate) pool: &'a Pool,
+    pub(crate) name: Name,
+    pub(crate) record: Record,
+    pub(super) lock: File,
+}
+
+impl Pool {
+    /// Opens a pool, and brings to an end what was cut short there.
+    ///
+    /// # Errors
+    /// One line: it is none, or cannot be read.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let shown = folder.display();
+        let folder = folder.canonicalize().with_context(|| format!("{shown}: there is no such pool"))?;
+        let file = folder.join(FILE);
+        let settings = match durable::read(&file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let line = format!(
+                    "{shown}: is not a pool of volumes; make one: nbdbridge volume pool --pool {shown} --make"
+                );
+                return Err(Error::Usage(line));
+            }
+            other => other.with_context(|| format!("{}: cannot read it", file.display()))?,
+        };
+        let settings = serde_json::from_slice(&settings).map_err(|error| {
+            Error::Broken(format!(
+                "{}: {error}; set the pool up again: nbdbridge volume pool --make",
+                file.display()
+            ))
+        })?;
+        let meta = fs::metadata(&folder).with_context(|| format!("{shown}: cannot look at it"))?;
+        let pool = Pool { runtime: Runtime::new(&meta)?, folder, settings };
+        pool.converge()?;
+        Ok(pool)
+    }
+
+    /// Makes a folder a pool, where it is none; one with something in it must be meant.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn make(folder: &Path, not_empty: bool) -> Result<()> {
+        let shown = folder.display();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .with_context(|| format!("{shown}: cannot make the folder"))?;
+        if folder.join(FILE).exists() {
+            return Ok(());
+        }
+        let mut entries = fs::read_dir(folder).with_context(|| format!("{shown}: cannot look into it"))?;
+        let alien =
+            |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() != "lost+found");
+        if !not_empty && entries.any(alien) {
+            let line = format!(
+                "{shown}: is no pool of volumes, and not empty; if it is meant: nbdbridge volume pool --pool {shown} --make"
+            );
+            return Err(Error::Usage(line));
+        }
+        write_settings(folder, &Settings::default())
+    }
+
+    /// Where it is; absolute, without symbolic links.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What it is set to.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Changes that for good.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn change(&mut self, settings: Settings) -> Result<()> {
+        let _lock = self.lock()?;
+        write_settings(&self.folder, &settings)?;
+        self.settings = settings;
+        Ok(())
+    }
+
+    /// Mounts volumes below this folder from now on.
+    pub(crate) fn set_mount_root(&mut self, folder: &Path) {
+        self.runtime.set_mount_root(folder);
+    }
+
+    /// The names of all volumes, in their order; the broken ones too.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn names(&self) -> Result<Vec<Name>> {
+        let cannot = || format!("{}: cannot look into it", self.folder.display());
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.folder).with_context(cannot)? {
+            let entry = entry.with_context(cannot)?;
+            let name = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if let Some(name) = name
+                && entry.path().is_dir()
+            {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// All volumes, each with what is known of it, or why that cannot be known.
+    ///
+    /// # Errors
+    /// One line, where the pool itself cannot be read.
+    pub(crate) fn all(&self) -> Result<Vec<(Name, Result<Record>)>> {
+        let read = |name: Name| {
+            let record = Record::read(&self.path_of(&name), &name);
+            (name, record)
+        };
+        Ok(self.names()?.into_iter().map(read).collect())
+    }
+
+    /// A volume's folder.
+    pub(crate) fn path_of(&self, name: &Name) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Takes a volume to work on it; waits for whoever does.
+    ///
+    /// # Errors
+    /// Not found, broken.
+    pub(crate) fn volume(&self, name: &Name) -> Result<Volume<'_>> {
+        let lock = self.lock_volume(name, FlockOperation::LockExclusive)?;
+        let lock = lock.ok_or_else(|| anyhow!("volume `{name}` is locked"))?;
+        let record = Record::read(&self.path_of(name), name)?;
+        if let Some(pending) = &record.pending {
+            // Whoever began it has died since the pool was opened.
+            self.converge_one(name, pending)?;
+            drop(lock);
+            return self.volume(name);
+        }
+        Ok(Volume { pool: self, name: name.clone(), record, lock })
+    }
+
+    /// Locks a volume's folder; None where it is locked and that is not to be waited for.
+    pub(super) fn lock_volume(&self, name: &Name, how: FlockOperation) -> Result<Option<File>> {
+        let path = self.path_of(name);
+        let not_found = || Error::NotFound { name: name.clone(), pool: self.folder.clone() };
+        loop {
+            let folder = match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
+                other => other.with_context(|| format!("{}: cannot open it", path.display()))?,
+            };
+            match retry(|| flock(&folder, how)) {
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                other => other.with_context(|| format!("{}: cannot lock it", path.display()))?,
+            }
+            // It may have been removed, and another made, while we waited.
+            let locked = folder.metadata().with_context(|| path.display().to_string())?;
+            if fs::metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (locked.dev(), locked.ino())) {
+                return Ok(Some(folder));
+            }
+        }
+    }
+
+    /// The pool's own lock, until it is dropped.
+    pub(super) fn lock(&self) -> Result<File> {
+        let folder = File::open(&self.folder).with_context(|| self.folder.display().to_string())?;
+        retry(|| flock(&folder, FlockOperation::LockExclusive))
+            .with_context(|| format!("{}: cannot lock it", self.folder.display()))?;
+        Ok(folder)
+    }
+
+    /// How much there is and how much of it is promised.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn space(&self) -> Result<Space> {
+        let found = rustix::fs::statvfs(&self.folder).with_context(|| self.folder.display().to_string())?;
+        let capacity = found.f_blocks.saturating_mul(found.f_frsize);
+        let reserve = self.settings.reserve.of(capacity);
+        let sizes = self.all()?.into_iter().filter_map(|(_, record)| record.ok());
+        let promised = sizes
+            .filter(|record| record.format.is_some())
+            .fold(0_u64, |sum, record| sum.saturating_add(record.size));
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]
+        let promisable = (capacity.saturating_sub(reserve) as f64 * self.settings.overcommit) as u64;
+        let free = found.f_bavail.saturating_mul(found.f_frsize);
+        Ok(Space { capacity, free, reserve, promised, promisable })
+    }
+
+    /// Whether `promised` more bytes of volumes may be there, of which `now` are taken at once. To be asked with the pool
+    /// locked, until the promise is written down.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with what there is, and the way out.
+    pub(super) fn admit(&self, promised: u64, now: u64) -> Result<()> {
+        let space = self.space()?;
+        let left = space.promisable.saturating_sub(space.promised);
+        let (pool, human) = (self.folder.display(), size::human);
+        if promised > left {
+            return Err(Error::Usage(format!(
+                "{pool}: {} are more than the {} that may still be promised (of {}, {} are); remove volumes, or see \
+                 nbdbridge volume pool --overcommit",
+                human(promised),
+                human(left),
+                human(space.promisable),
+                human(space.promised)
+            )));
+        }
+        let spare = space.free.saturating_sub(space.reserve);
+        if space.free < space.reserve || now > spare {
+            return Err(Error::Usage(format!(
+                "{pool}: no space: {} are wanted, and of {} free {} are kept in reserve; make room, or see \
+                 nbdbridge volume pool --reserve",
+                human(now),
+                human(space.free),
+                human(space.reserve)
+            )));
+        }
+        Ok(())
+    }
+
+    /// What is attached and mounted of a volume now.
+    pub(super) fn state(&self, name: &Name) -> State {
+        self.runtime.read(name)
+    }
+
+    pub(super) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Undoes or finishes what was cut short. What somebody works on is left to them.
+    fn converge(&self) -> Result<()> {
+        for (name, record) in self.all()? {
+            if let Ok(Record { pending: Some(_), .. }) = record
+                && let Ok(Some(_lock)) = self.lock_volume(&name, FlockOperation::NonBlockingLockExclusive)
+                // Now that nobody else can change it.
+                && let Ok(Record { pending: Some(pending), .. }) = Record::read(&self.path_of(&name), &name)
+            {
+                self.converge_one(&name, &pending)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for one volume, whose lock is taken.
+    fn converge_one(&self, name: &Name, pending: &Pending) -> Result<()> {
+        tracing::warn!("volume `{name}`: was left while {pending}");
+        match pending {
+            Pending::Create { .. } => Ok(()),
+        }
+    }
+}
+
+impl Volume<'_> {
+    /// The volume's folder.
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.pool.path_of(&self.name)
+    }
+
+    /// Its disk; None where that is a remote one.
+    pub(crate) fn disk(&self) -> Option<PathBuf> {
+        self.record.disk_name().map(|name| self.folder().join(name))
+    }
+
+    /// Writes the record down; it is durable then.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn save(&self) -> Result<()> {
+        self.record.write(&self.folder())
+    }
+
+    /// What is attached and mounted of it now.
+    pub(crate) fn state(&self) -> State {
+        self.pool.state(&self.name)
+    }
+
+    /// Writes that down.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn save_state(&self, state: &State) -> Result<()> {
+        self.pool.runtime.write(&self.name, state)
+    }
+}
+
+fn write_settings(folder: &Path, settings: &Settings) -> Result<()> {
+    let bytes = serde_json::to_vec_pretty(settings).context("settings as JSON")?;
+    durable::write(folder, FILE, &bytes)
+        .with_context(|| format!("{}: cannot write it", folder.join(FILE).display()))?;
+    Ok(())
+}
+
+/// Again, as long as signals come in between.
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
