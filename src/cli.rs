@@ -24,6 +24,7 @@ mod remote;
 mod source;
 mod ublk;
 mod values;
+mod volume;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -34,7 +35,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use ask::{AskAction, LimitsWish};
-pub(crate) use attach::{AttachAction, DetachArgs, LoopArgs};
+pub(crate) use attach::{AttachAction, BlockDoor, DetachArgs, LoopArgs};
 pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
 pub(crate) use info::InfoArgs;
@@ -45,6 +46,7 @@ pub(crate) use ublk::{DevicesArgs, RecoverArgs, UblkArgs};
 pub(crate) use values::{
     AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, parse_source,
 };
+pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;
@@ -70,6 +72,8 @@ pub(crate) enum Action {
     Ask(AskAction),
     /// `nbdbridge bench`: measure a server.
     Bench(Box<BenchArgs>),
+    /// `nbdbridge volume`: container volumes.
+    Volume(Box<VolumeAction>),
     /// `nbdbridge info`: tell about a source.
     Info(Box<InfoArgs>),
     /// `nbdbridge completions`: print a completion script.
@@ -197,6 +201,8 @@ enum Words {
     Resize(ask::ResizeCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
+    /// Make and use container volumes: disks with a file system, in a pool
+    Volume(Box<volume::VolumeCommand>),
     /// Tell what a source is
     Info(Box<InfoArgs>),
     /// Print a completion script for a shell
@@ -232,6 +238,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Bench(flags) => match flags.into_args() {
             Ok(args) => Ok(Action::Bench(Box::new(args))),
+            Err(error) => Err(report(&error.into())),
+        },
+        Words::Volume(flags) => match flags.into_action() {
+            Ok(action) => Ok(Action::Volume(Box::new(action))),
             Err(error) => Err(report(&error.into())),
         },
         Words::Info(args) => Ok(Action::Info(args)),

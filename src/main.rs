@@ -19,7 +19,6 @@ mod serve;
 mod size;
 mod systemd;
 mod ublk;
-#[allow(dead_code, unused_imports)]
 mod volume;
 
 use std::ffi::OsString;
@@ -27,7 +26,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use cli::{Action, AttachAction, RecoverArgs};
+use cli::{Action, AttachAction, BlockDoor, RecoverArgs};
 
 fn main() -> ExitCode {
     allocator::keep_little();
@@ -58,6 +57,10 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Volume(action) => {
+            cli::logging::init(0)?;
+            volume::command::run(&action).map(|()| ExitCode::SUCCESS)
+        }
         Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
@@ -80,9 +83,14 @@ fn recover(recover: RecoverArgs) -> Result<ExitCode> {
     }
 }
 
-/// Makes a block device by the best door of this host.
+/// Makes a block device by the best door of this host, or the one that is asked for.
 fn attach(action: AttachAction) -> Result<ExitCode> {
-    if !ublk::is_here() {
+    let by_ublk = match action.door {
+        BlockDoor::Auto => ublk::is_here(),
+        BlockDoor::Ublk => true,
+        BlockDoor::Fuse => false,
+    };
+    if !by_ublk {
         cli::logging::init(action.by_loop.process.verbose)?;
         return serve::run(&action.by_loop);
     }

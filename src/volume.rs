@@ -15,20 +15,32 @@
 //! - A file system is made once, in `create`, and never because something could not be read.
 //! - Functions here block, and are called from threads that may.
 
+pub(crate) mod command;
+mod create;
 mod durable;
 mod error;
+mod filesystem;
+mod limit;
+mod mount;
 mod name;
 mod options;
+mod plane;
 mod pool;
+mod private;
 mod progress;
 mod record;
+mod remove;
 mod runtime;
 mod status;
 
+pub(crate) use create::Created;
 pub(crate) use error::{Error, Result};
+pub(crate) use filesystem::Verdict;
 pub(crate) use name::{Name, Origin};
 pub(crate) use options::{DoorChoice, FsKind, Options, Provision};
-pub(crate) use pool::{Pool, Settings, Volume};
-pub(crate) use progress::{Progress, Silent};
+pub(crate) use pool::{Pool, Settings, Share, Space, Volume};
+pub(crate) use progress::Progress;
+#[allow(unused_imports, reason = "for the plugin daemon")]
+pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
-pub(crate) use status::{Health, Status, Usage};
+pub(crate) use status::{Health, Status};

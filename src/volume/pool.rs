@@ -26,6 +26,9 @@ const FILE: &str = ".pool.json";
 /// What begins with this is being removed.
 pub(super) const GONE: &str = ".gone-";
 
+/// What begins with this has no name yet.
+pub(super) const NEW: &str = ".new-";
+
 /// What a pool is set to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -171,8 +174,14 @@ impl Pool {
     }
 
     /// Mounts volumes below this folder from now on.
-    pub(crate) fn set_mount_root(&mut self, folder: &Path) {
+    ///
+    /// # Errors
+    /// One line: it cannot be made.
+    pub(crate) fn set_mount_root(&mut self, folder: &Path) -> Result<()> {
+        let made = fs::create_dir_all(folder).and_then(|()| folder.canonicalize());
+        let folder = made.with_context(|| format!("{}: cannot be mounted in", folder.display()))?;
         self.runtime.set_mount_root(folder);
+        Ok(())
     }
 
     /// The names of all volumes, in their order; the broken ones too.
@@ -220,22 +229,21 @@ impl Pool {
         let lock = self.lock_volume(name, FlockOperation::LockExclusive)?;
         let lock = lock.ok_or_else(|| anyhow!("volume `{name}` is locked"))?;
         let record = Record::read(&self.path_of(name), name)?;
-        if let Some(pending) = &record.pending {
+        let volume = Volume { pool: self, name: name.clone(), record, lock };
+        if volume.record.pending.is_some() {
             // Whoever began it has died since the pool was opened.
-            self.converge_one(name, pending)?;
-            drop(lock);
+            volume.converge()?;
             return self.volume(name);
         }
-        Ok(Volume { pool: self, name: name.clone(), record, lock })
+        Ok(volume)
     }
 
     /// Locks a volume's folder; None where it is locked and that is not to be waited for.
     pub(super) fn lock_volume(&self, name: &Name, how: FlockOperation) -> Result<Option<File>> {
         let path = self.path_of(name);
-        let not_found = || Error::NotFound { name: name.clone(), pool: self.folder.clone() };
         loop {
             let folder = match File::open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(not_found()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.not_found(name)),
                 other => other.with_context(|| format!("{}: cannot open it", path.display()))?,
             };
             match retry(|| flock(&folder, how)) {
@@ -248,6 +256,10 @@ impl Pool {
                 return Ok(Some(folder));
             }
         }
+    }
+
+    pub(super) fn not_found(&self, name: &Name) -> Error {
+        Error::NotFound { name: name.clone(), pool: self.folder.clone() }
     }
 
     /// The pool's own lock, until it is dropped.
@@ -309,7 +321,7 @@ impl Pool {
     }
 
     /// What is attached and mounted of a volume now.
-    pub(super) fn state(&self, name: &Name) -> State {
+    pub(crate) fn state(&self, name: &Name) -> State {
         self.runtime.read(name)
     }
 
@@ -317,25 +329,34 @@ impl Pool {
         &self.runtime
     }
 
-    /// Undoes or finishes what was cut short. What somebody works on is left to them.
+    /// Undoes or finishes what was cut short. What somebody works on is left to them, and what fails to the next time.
     fn converge(&self) -> Result<()> {
+        self.sweep()?;
         for (name, record) in self.all()? {
-            if let Ok(Record { pending: Some(_), .. }) = record
-                && let Ok(Some(_lock)) = self.lock_volume(&name, FlockOperation::NonBlockingLockExclusive)
-                // Now that nobody else can change it.
-                && let Ok(Record { pending: Some(pending), .. }) = Record::read(&self.path_of(&name), &name)
-            {
-                self.converge_one(&name, &pending)?;
+            if let Ok(Record { pending: Some(_), .. }) = record {
+                self.converge_one(&name);
+            }
+        }
+        for name in self.runtime.names() {
+            let state = self.state(&name);
+            if state.holders.is_empty() && (state.starting || state.plane.is_some()) {
+                self.converge_one(&name);
             }
         }
         Ok(())
     }
 
-    /// The same for one volume, whose lock is taken.
-    fn converge_one(&self, name: &Name, pending: &Pending) -> Result<()> {
-        tracing::warn!("volume `{name}`: was left while {pending}");
-        match pending {
-            Pending::Create { .. } => Ok(()),
+    fn converge_one(&self, name: &Name) {
+        let Ok(Some(lock)) = self.lock_volume(name, FlockOperation::NonBlockingLockExclusive) else { return };
+        // Now that nobody else can change it.
+        let Ok(record) = Record::read(&self.path_of(name), name) else { return };
+        let mut volume = Volume { pool: self, name: name.clone(), record, lock };
+        let converged = match volume.record.pending {
+            Some(_) => volume.converge(),
+            None => volume.let_go(),
+        };
+        if let Err(error) = converged {
+            tracing::warn!("volume `{name}`: {error}");
         }
     }
 }
@@ -357,6 +378,26 @@ impl Volume<'_> {
     /// One line.
     pub(crate) fn save(&self) -> Result<()> {
         self.record.write(&self.folder())
+    }
+
+    /// Undoes or finishes what was cut short.
+    fn converge(self) -> Result<()> {
+        match &self.record.pending {
+            Some(pending @ Pending::Create { .. }) => {
+                tracing::warn!(
+                    "volume `{}`: was left while {pending}; nobody was given it, and it is removed",
+                    self.name
+                );
+                self.undo()
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a data plane that nobody needs any more.
+    fn let_go(&mut self) -> Result<()> {
+        let mut state = self.state();
+        if state.holders.is_empty() { self.take_down(&mut state, false) } else { Ok(()) }
     }
 
     /// What is attached and mounted of it now.

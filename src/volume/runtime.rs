@@ -10,12 +10,13 @@ use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use super::{Name, Result, durable};
+use super::plane::Plane;
+use super::{Name, Result, Volume, durable};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -33,7 +34,7 @@ pub(super) struct Runtime {
 pub(crate) struct State {
     boot_id: String,
     /// The process that serves it, and the device it serves.
-    pub(crate) plane: Option<PlaneState>,
+    pub(crate) plane: Option<Plane>,
     /// One was about to be started: there may be one that is not known here.
     pub(crate) starting: bool,
     /// Where it is mounted.
@@ -42,13 +43,34 @@ pub(crate) struct State {
     pub(crate) holders: BTreeMap<String, u32>,
 }
 
-/// A data plane.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct PlaneState {
-    /// The block device that it serves.
-    pub(crate) device: PathBuf,
-    /// Nobody can write through it.
-    pub(crate) read_only: bool,
+impl State {
+    /// Nothing is attached, and nobody holds it.
+    pub(super) fn is_nothing(&self) -> bool {
+        *self == State { boot_id: self.boot_id.clone(), ..State::default() }
+    }
+
+    /// All that was attached is gone; who held it still wants to say that he does not any more.
+    pub(super) fn detached(&mut self) {
+        self.plane = None;
+        self.starting = false;
+        self.mounted = None;
+    }
+
+    /// Counts one more use. By hand there is one.
+    pub(crate) fn hold(&mut self, holder: &str) {
+        let count = self.holders.entry(holder.to_owned()).or_insert(0);
+        *count = if holder == Volume::BY_HAND { 1 } else { count.saturating_add(1) };
+    }
+
+    /// Counts one less; one that is not there is no error.
+    pub(crate) fn release(&mut self, holder: &str) {
+        if let Some(count) = self.holders.get_mut(holder) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.holders.remove(holder);
+            }
+        }
+    }
 }
 
 impl Runtime {
@@ -63,8 +85,8 @@ impl Runtime {
         Ok(Runtime { mount_root: folder.clone(), folder, boot_id: boot_id.trim().to_owned() })
     }
 
-    pub(super) fn set_mount_root(&mut self, folder: &Path) {
-        self.mount_root = folder.to_owned();
+    pub(super) fn set_mount_root(&mut self, folder: PathBuf) {
+        self.mount_root = folder;
     }
 
     /// Where a volume is mounted that is not mounted yet.
@@ -79,7 +101,7 @@ impl Runtime {
         state.filter(|state| state.boot_id == self.boot_id).unwrap_or_default()
     }
 
-    /// Writes it down; readers see the old or the new. A state of nothing has no file.
+    /// Writes it down; readers see the old or the new. A state of nothing has no file. The volume's lock is the caller's.
     ///
     /// # Errors
     /// One line.
@@ -88,20 +110,38 @@ impl Runtime {
         let path = folder.join(name);
         let state = State { boot_id: self.boot_id.clone(), ..state.clone() };
         let write = || -> io::Result<()> {
-            if state == (State { boot_id: self.boot_id.clone(), ..State::default() }) {
+            if state.is_nothing() {
                 return match fs::remove_file(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                     _ => Ok(()),
                 };
             }
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
-            // The volume's lock is ours: nobody else has this name for a moment.
-            let new = self.folder.join(".new-state").with_extension(std::process::id().to_string());
-            fs::write(&new, serde_json::to_vec(&state)?)?;
-            fs::rename(&new, &path)
+            // A folder of its own, as a name can be as long as a file's may be.
+            let half = self.folder.join(".half");
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&half)?;
+            fs::write(half.join(name), serde_json::to_vec(&state)?)?;
+            fs::rename(half.join(name), &path)
         };
         write().with_context(|| format!("{}: cannot write what is in use", path.display()))?;
         Ok(())
+    }
+
+    /// Where mounts are made that nobody else sees.
+    pub(super) fn private_point(&self) -> PathBuf {
+        self.folder.join(".private")
+    }
+
+    /// The names of all volumes that something is known of.
+    pub(super) fn names(&self) -> Vec<Name> {
+        let files = fs::read_dir(self.states()).into_iter().flatten().flatten();
+        files.filter_map(|file| file.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    /// The devices that are known to be a volume's.
+    pub(super) fn devices(&self) -> Vec<PathBuf> {
+        let states = self.names().into_iter().map(|name| self.read(&name));
+        states.filter_map(|state| Some(state.plane?.device)).collect()
     }
 
     fn states(&self) -> PathBuf {
