@@ -76,6 +76,13 @@ pub(crate) enum Action {
     Volume(Box<VolumeAction>),
     /// `nbdbridge info`: tell about a source.
     Info(Box<InfoArgs>),
+    /// Keep a file system frozen for a while.
+    GuardFrozen {
+        /// Where it is mounted.
+        point: std::path::PathBuf,
+        /// The longest time.
+        limit: std::time::Duration,
+    },
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -205,6 +212,14 @@ enum Words {
     Volume(Box<volume::VolumeCommand>),
     /// Tell what a source is
     Info(Box<InfoArgs>),
+    /// Freezes a file system and thaws it again, whatever becomes of who asked
+    #[command(name = crate::volume::freeze::GUARD_COMMAND, hide = true)]
+    GuardFrozen {
+        /// Where it is mounted
+        point: std::path::PathBuf,
+        /// The longest time
+        milliseconds: u64,
+    },
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -244,6 +259,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Ok(action) => Ok(Action::Volume(Box::new(action))),
             Err(error) => Err(report(&error.into())),
         },
+        Words::GuardFrozen { point, milliseconds } => {
+            Ok(Action::GuardFrozen { point, limit: std::time::Duration::from_millis(milliseconds) })
+        }
         Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }

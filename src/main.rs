@@ -61,6 +61,9 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(0)?;
             volume::command::run(&action).map(|()| ExitCode::SUCCESS)
         }
+        Action::GuardFrozen { point, limit } => {
+            volume::freeze::guard(&point, limit).map(|()| ExitCode::SUCCESS)
+        }
         Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }

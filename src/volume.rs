@@ -15,11 +15,17 @@
 //! - A file system is made once, in `create`, and never because something could not be read.
 //! - Functions here block, and are called from threads that may.
 
+mod capture;
+mod clone;
 pub(crate) mod command;
+mod copy;
 mod create;
+mod disk;
 mod durable;
 mod error;
 mod filesystem;
+pub(crate) mod freeze;
+mod grow;
 mod limit;
 mod mount;
 mod name;
@@ -30,7 +36,9 @@ mod private;
 mod progress;
 mod record;
 mod remove;
+mod resize;
 mod runtime;
+mod snapshot;
 mod status;
 
 pub(crate) use create::Created;
@@ -43,4 +51,6 @@ pub(crate) use progress::Progress;
 #[allow(unused_imports, reason = "for the plugin daemon")]
 pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
+pub(crate) use resize::Resized;
+pub(crate) use snapshot::{Snapshot, Taken};
 pub(crate) use status::{Health, Status};

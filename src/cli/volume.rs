@@ -1,12 +1,13 @@
 //! `nbdbridge volume`: the commands of the volume engine, and the typed values made of their words.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::UsageError;
+use super::{UsageError, values};
 use crate::size;
-use crate::volume::{Name, Options};
+use crate::volume::{Name, Options, Origin};
 
 /// What to do with volumes.
 #[derive(Debug)]
@@ -49,6 +50,25 @@ pub(crate) enum VolumeWish {
     Check {
         name: Name,
         repair: bool,
+    },
+    Resize {
+        name: Name,
+        /// In bytes.
+        size: u64,
+    },
+    /// The snapshots of a volume.
+    Snapshots {
+        name: Name,
+    },
+    Snapshot {
+        name: Name,
+        snapshot: Name,
+        /// Writers are held up no longer.
+        freeze_limit: Duration,
+    },
+    RemoveSnapshot {
+        name: Name,
+        snapshot: Name,
     },
     Pool(PoolWish),
 }
@@ -144,6 +164,47 @@ enum Words {
         #[arg(long)]
         repair: bool,
     },
+    /// Make a volume larger, also while it is used
+    #[command(
+        after_help = "Image, device and file system grow; they never shrink. Where the file system cannot grow at once, it \
+                            does when the volume is next mounted, and a line says why."
+    )]
+    Resize {
+        /// Which
+        name: Name,
+        /// Its new size; K, M, G and T are powers of 1024
+        #[arg(value_parser = size::parse)]
+        size: u64,
+    },
+    /// Take a snapshot of a volume, also while it is used; without SNAPSHOT, list them
+    #[command(
+        after_help = "The file system of a volume in use is frozen until its disk is copied. Where the pool's file system \
+                            has reflinks (xfs, btrfs) that takes a moment."
+    )]
+    Snapshot {
+        /// Of which volume
+        name: Name,
+        /// The snapshot's name; VOLUME@SNAPSHOT means it elsewhere
+        snapshot: Option<Name>,
+        /// Remove it; what was made from it stays as it is
+        #[arg(long, requires = "snapshot")]
+        remove: bool,
+        /// Give up when its users would be held up for longer
+        #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = values::parse_positive_duration,
+              conflicts_with = "remove")]
+        freeze_limit: Duration,
+    },
+    /// Make a volume that is a copy of another one, or of a snapshot
+    Clone {
+        /// Of what
+        #[arg(value_name = "VOLUME[@SNAPSHOT]")]
+        origin: Origin,
+        /// The new volume
+        name: Name,
+        /// What is to be different, as in -o size=20G; see `create`
+        #[arg(short, long = "option", value_name = "KEY=VALUE")]
+        option: Vec<String>,
+    },
     /// Show or change what a pool is set to, and how much of it is promised
     Pool {
         /// Make DIR a pool, although it is not empty
@@ -172,6 +233,7 @@ const OPTIONS: &str = "Options:\n  \
     uid=N, gid=N, mode=OCTAL  of the root folder\n  \
     read-only=true            nobody can change anything\n  \
     door=auto|ublk|fuse       how the kernel gets at it [default: auto, the best that this host has]\n  \
+    from=VOLUME[@SNAPSHOT]    a copy, with the file system of its origin\n  \
     source=nbd://HOST/NAME    a remote disk; its file system is used, and made where it is empty\n  \
     iops-total=N, bps-read=SIZE, ...\n                            limits, with the keys of --throttle\n\
     Equal options a second time find the volume that is there.";
@@ -192,10 +254,19 @@ impl VolumeCommand {
 impl Words {
     fn into_wish(self) -> Result<VolumeWish, UsageError> {
         Ok(match self {
-            Words::Create { name, option } => {
-                let pairs = option.iter().map(|word| word.split_once('=').unwrap_or((word, "")));
-                let options = Options::parse(pairs).map_err(|error| UsageError::new(error.to_string()))?;
-                VolumeWish::Create { name, options: Box::new(options) }
+            Words::Create { name, option } => VolumeWish::Create { name, options: parse_options(&option)? },
+            Words::Clone { origin, name, option } => {
+                let from = format!("from={origin}");
+                let option: Vec<_> = option.into_iter().chain([from]).collect();
+                VolumeWish::Create { name, options: parse_options(&option)? }
+            }
+            Words::Resize { name, size } => VolumeWish::Resize { name, size },
+            Words::Snapshot { name, snapshot: None, .. } => VolumeWish::Snapshots { name },
+            Words::Snapshot { name, snapshot: Some(snapshot), remove: true, .. } => {
+                VolumeWish::RemoveSnapshot { name, snapshot }
+            }
+            Words::Snapshot { name, snapshot: Some(snapshot), freeze_limit, .. } => {
+                VolumeWish::Snapshot { name, snapshot, freeze_limit }
             }
             Words::Ls => VolumeWish::List,
             Words::Inspect { names } => VolumeWish::Inspect { names },
@@ -212,6 +283,12 @@ impl Words {
             }
         })
     }
+}
+
+fn parse_options(words: &[String]) -> Result<Box<Options>, UsageError> {
+    let pairs = words.iter().map(|word| word.split_once('=').unwrap_or((word, "")));
+    let options = Options::parse(pairs).map_err(|error| UsageError::new(error.to_string()))?;
+    Ok(Box::new(options))
 }
 
 fn parse_share(text: &str) -> Result<crate::volume::Share, String> {

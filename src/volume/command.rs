@@ -1,5 +1,7 @@
 //! `nbdbridge volume`: does what the command line wants, and shows a person, or a program, what came of it.
 
+mod storage;
+
 use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Mutex;
@@ -69,6 +71,16 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
             let verdict = pool.fsck(name, *repair, &bar)?;
             let word = if verdict == Verdict::Clean { "clean" } else { "repaired" };
             say(json, &json!({ "name": name, "verdict": word }), || format!("{name}: {word}\n"))
+        }
+        VolumeWish::Resize { name, size } => storage::resize(pool, name, *size, &bar, json),
+        VolumeWish::Snapshots { name } => storage::snapshots(pool, name, json),
+        VolumeWish::Snapshot { name, snapshot, freeze_limit } => {
+            let taken = pool.snapshot(name, snapshot, *freeze_limit, &bar)?;
+            storage::taken(name, &taken, json)
+        }
+        VolumeWish::RemoveSnapshot { name, snapshot } => {
+            pool.remove_snapshot(name, snapshot)?;
+            say(json, &json!({ "removed": format!("{name}@{snapshot}") }), String::new)
         }
         VolumeWish::Pool(wish) => settings(pool, wish, json),
     }
@@ -180,6 +192,9 @@ fn describe(status: &Status) -> String {
         put("limit", Some(format!("{key}={value}")));
     }
     put("parent", status.parent.as_ref().map(ToString::to_string));
+    for snapshot in &status.snapshots {
+        put("snapshot", Some(format!("{} of {}", snapshot.name, size::human(snapshot.size))));
+    }
     for (key, value) in status.options.pairs() {
         put("option", Some(format!("{key}={value}")));
     }

@@ -14,6 +14,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use rustix::fs::FlockOperation;
 
+use super::clone::Original;
 use super::filesystem::{Found, probe};
 use super::options::DiskFormat;
 use super::private;
@@ -47,9 +48,14 @@ impl Pool {
                 Err(Error::NotFound { .. }) => {}
                 Err(error) => return Err(error),
             }
-            let record = self.plan(options)?;
+            let origin = options.from.as_ref();
+            let original = origin.map(|origin| self.original(origin, options)).transpose()?;
+            let record = self.plan(options, original.as_ref())?;
             if let Some(mut volume) = self.begin(name, record)? {
-                let filled = volume.fill(progress);
+                let filled = match &original {
+                    Some(original) => volume.fill_from(original, progress),
+                    None => volume.fill(progress),
+                };
                 if filled.is_err() {
                     // The first error is the one to tell; what cannot be undone now is undone later.
                     let _ = volume.undo();
@@ -61,7 +67,7 @@ impl Pool {
     }
 
     /// Checks what can be checked before anything is there.
-    fn plan(&self, options: &Options) -> Result<Record> {
+    fn plan(&self, options: &Options, original: Option<&Original<'_>>) -> Result<Record> {
         if options.door == DoorChoice::Ublk && !ublk::is_here() {
             let line = "door=ublk: this host has no ublk (modprobe ublk_drv); door=auto takes what there is";
             return Err(Error::Usage(line.to_owned()));
@@ -70,6 +76,9 @@ impl Pool {
             // Its size is known once it is attached.
             let fs = options.fs.unwrap_or(FsKind::Ext4);
             return Ok(Record::new(options.clone(), 0, fs, None));
+        }
+        if let Some(original) = original {
+            return Ok(original.plan(options));
         }
         let fs = options.fs.unwrap_or(FsKind::Ext4);
         fs.check_maker()?;
@@ -188,7 +197,7 @@ impl Volume<'_> {
         }
     }
 
-    /// Makes the file system, and of its root folder what was asked for.
+    /// Makes the file system, and its root folder.
     fn format(&mut self, device: &Path, progress: &dyn Progress) -> Result<()> {
         let fs = self.record.fs;
         fs.check_maker()?;
@@ -197,11 +206,22 @@ impl Volume<'_> {
         progress.step(&format!("making {fs}"));
         let keep_space = self.record.options.provision == Provision::Thick;
         fs.make(device, &self.record.options.mkfs, keep_space)?;
+        self.set_root(device)
+    }
+
+    /// Makes of the root folder what was asked for.
+    pub(super) fn set_root(&self, device: &Path) -> Result<()> {
         let Options { uid, gid, mode, .. } = self.record.options;
         private::mounted(self, device, |root| {
             // e2fsck makes it again when it has need of it; programs that want an empty folder do not like it.
             match fs::remove_dir(root.join("lost+found")) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                // A copy may have something in it.
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                    ) =>
+                {
                     return Err(error).context("lost+found: cannot be removed")?;
                 }
                 _ => {}

@@ -18,6 +18,9 @@ pub(crate) enum Error {
         /// Where.
         pool: PathBuf,
     },
+    /// A volume has no such snapshot.
+    #[error("{0}")]
+    NoSnapshot(String),
     /// There is one already, and it is another.
     #[error("{0}")]
     Exists(String),

@@ -30,6 +30,8 @@ pub(super) enum Found {
 pub(crate) enum Check {
     /// What is safe to repair is repaired; as before a mount.
     Preen,
+    /// All of it is looked at, and what is safe to repair is repaired.
+    Thorough,
     /// All of it is looked at, and nothing changed.
     Look,
     /// All of it is looked at, and whatever is wrong put right.
@@ -59,10 +61,7 @@ impl FsKind {
     /// # Errors
     /// A line that names the missing program and its package.
     pub(super) fn check_maker(self) -> Result<()> {
-        let Some((program, package)) = self.maker() else { return Ok(()) };
-        let path = search_path();
-        let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
-        if found { Ok(()) } else { Err(missing(program, package)) }
+        self.maker().map_or(Ok(()), |(program, package)| find(program, package))
     }
 
     /// Makes one on a device, durably.
@@ -93,10 +92,11 @@ impl FsKind {
         let (program, package, words): (_, _, &[&str]) = match (self, how) {
             (FsKind::None, _) => return Ok(Verdict::Clean),
             (FsKind::Ext4, Check::Preen) => ("e2fsck", "e2fsprogs", &["-p"]),
+            (FsKind::Ext4, Check::Thorough) => ("e2fsck", "e2fsprogs", &["-f", "-p"]),
             (FsKind::Ext4, Check::Look) => ("e2fsck", "e2fsprogs", &["-f", "-n"]),
             (FsKind::Ext4, Check::Repair) => ("e2fsck", "e2fsprogs", &["-f", "-y"]),
             // Their logs are replayed by the kernel, at the mount.
-            (FsKind::Xfs | FsKind::Btrfs, Check::Preen) => return Ok(Verdict::Clean),
+            (FsKind::Xfs | FsKind::Btrfs, Check::Preen | Check::Thorough) => return Ok(Verdict::Clean),
             (FsKind::Xfs, Check::Look) => ("xfs_repair", "xfsprogs", &["-n"]),
             (FsKind::Xfs, Check::Repair) => ("xfs_repair", "xfsprogs", &[]),
             (FsKind::Btrfs, Check::Look) => ("btrfs", "btrfs-progs", &["check", "--readonly"]),
@@ -153,6 +153,15 @@ fn sync(device: &Path) -> Result<()> {
     let synced = File::open(device).and_then(|disk| disk.sync_all());
     synced.with_context(|| format!("{}: cannot flush it", device.display()))?;
     Ok(())
+}
+
+/// Sees to it that a program is here.
+///
+/// # Errors
+/// A line that names it and its package.
+pub(super) fn find(program: &str, package: &str) -> Result<()> {
+    let found = std::env::split_paths(&search_path()).any(|folder| folder.join(program).is_file());
+    if found { Ok(()) } else { Err(missing(program, package)) }
 }
 
 /// Runs a program of a package to its end.

@@ -84,7 +84,7 @@ impl Volume<'_> {
             )));
         }
         let read_only = self.record.options.read_only;
-        if read_only && self.record.unclean {
+        if read_only && (self.record.unclean || self.record.grow_fs || self.record.shares_uuid) {
             self.clean_up(state, progress)?;
         }
         let brought = self.attach(state, read_only, progress).and_then(|device| {
@@ -92,7 +92,9 @@ impl Volume<'_> {
                 return Ok(device);
             }
             if !read_only {
-                self.check_before_mount(&device, progress)?;
+                if let Some(why) = self.prepare(&device, progress)? {
+                    tracing::warn!("volume `{}`: its file system does not grow yet: {why}", self.name);
+                }
                 self.record.unclean = true;
                 self.save()?;
             }
@@ -259,6 +261,14 @@ impl Volume<'_> {
         }
     }
 
+    /// All that a file system needs before it is mounted: a check where it was not clean, an identity of its own, and
+    /// the size of its disk; or why it does not have that yet.
+    pub(super) fn prepare(&mut self, device: &Path, progress: &dyn Progress) -> Result<Option<String>> {
+        self.check_before_mount(device, progress)?;
+        self.part_from_original(device)?;
+        self.grow_fs_before_mount(device, progress)
+    }
+
     fn check_before_mount(&mut self, device: &Path, progress: &dyn Progress) -> Result<()> {
         if !self.record.unclean {
             return Ok(());
@@ -280,7 +290,7 @@ impl Volume<'_> {
     /// Replays the log of a volume that is only read from now on.
     pub(super) fn clean_up(&mut self, state: &mut State, progress: &dyn Progress) -> Result<()> {
         let device = self.attach(state, false, progress)?;
-        let cleaned = self.check_before_mount(&device, progress).and_then(|()| {
+        let cleaned = self.prepare(&device, progress).and_then(|_| {
             if self.record.fs == FsKind::None {
                 return Ok(());
             }

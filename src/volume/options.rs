@@ -60,6 +60,16 @@ pub(crate) enum DiskFormat {
     Qcow2,
 }
 
+impl DiskFormat {
+    /// The name of such a disk in its folder.
+    pub(crate) fn disk_name(self) -> &'static str {
+        match self {
+            DiskFormat::Raw => "disk.raw",
+            DiskFormat::Qcow2 => "disk.qcow2",
+        }
+    }
+}
+
 /// What a volume is asked to be. As text it is the pairs that make it; equal options have equal text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]

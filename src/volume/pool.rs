@@ -16,8 +16,9 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::options::DiskFormat;
 use super::runtime::{Runtime, State};
-use super::{Error, Name, Pending, Record, Result, durable};
+use super::{Error, Name, Pending, Record, Result, durable, snapshot};
 use crate::size;
 
 /// The file that makes a folder a pool. No volume can have this name.
@@ -81,7 +82,7 @@ pub(crate) struct Space {
     pub(crate) free: u64,
     /// Kept free.
     pub(crate) reserve: u64,
-    /// The sizes of all volumes.
+    /// The sizes of all volumes, and what their snapshots take.
     pub(crate) promised: u64,
     /// What they may be at most.
     pub(crate) promisable: u64,
@@ -278,10 +279,11 @@ impl Pool {
         let found = rustix::fs::statvfs(&self.folder).with_context(|| self.folder.display().to_string())?;
         let capacity = found.f_blocks.saturating_mul(found.f_frsize);
         let reserve = self.settings.reserve.of(capacity);
-        let sizes = self.all()?.into_iter().filter_map(|(_, record)| record.ok());
-        let promised = sizes
-            .filter(|record| record.format.is_some())
-            .fold(0_u64, |sum, record| sum.saturating_add(record.size));
+        let sizes = self.all()?.into_iter().filter_map(|(name, record)| {
+            let disk = record.ok().filter(|record| record.format.is_some())?.size;
+            Some(disk.saturating_add(snapshot::promised(&self.path_of(&name))))
+        });
+        let promised = sizes.fold(0_u64, u64::saturating_add);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]
         let promisable = (capacity.saturating_sub(reserve) as f64 * self.settings.overcommit) as u64;
         let free = found.f_bavail.saturating_mul(found.f_frsize);
@@ -372,6 +374,27 @@ impl Volume<'_> {
         self.record.disk_name().map(|name| self.folder().join(name))
     }
 
+    /// The same, where it must have one.
+    ///
+    /// # Errors
+    /// It is a remote one.
+    pub(super) fn own_disk(&self) -> Result<PathBuf> {
+        self.own_format().map(|format| self.folder().join(format.disk_name()))
+    }
+
+    /// That disk's format.
+    ///
+    /// # Errors
+    /// It is a remote one.
+    pub(super) fn own_format(&self) -> Result<DiskFormat> {
+        self.record.format.ok_or_else(|| {
+            Error::Usage(format!(
+                "volume `{}`: its disk is a remote one; its size and copies are the business of whoever serves it",
+                self.name
+            ))
+        })
+    }
+
     /// Writes the record down; it is durable then.
     ///
     /// # Errors
@@ -381,7 +404,7 @@ impl Volume<'_> {
     }
 
     /// Undoes or finishes what was cut short.
-    fn converge(self) -> Result<()> {
+    fn converge(mut self) -> Result<()> {
         match &self.record.pending {
             Some(pending @ Pending::Create { .. }) => {
                 tracing::warn!(
@@ -390,6 +413,14 @@ impl Volume<'_> {
                 );
                 self.undo()
             }
+            Some(pending @ Pending::Snapshot { .. }) => {
+                tracing::warn!(
+                    "volume `{}`: was left while {pending}; there is none now, or it is whole",
+                    self.name
+                );
+                self.undo_snapshot()
+            }
+            Some(Pending::Resize { .. }) => self.settle_size(true),
             None => Ok(()),
         }
     }

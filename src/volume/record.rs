@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   { "schema": 1, "created": seconds since 1970, "options": { KEY: VALUE, ... }, "size": bytes, "fs": "ext4",
-//!     "format": "raw", "limits": { KEY: number }, "formatted": true, "unclean": false, "parent": "a@b", "pending": null }
+//!     "format": "raw", "limits": { KEY: number }, "formatted": true, "unclean": false, "grow_fs": false,
+//!     "shares_uuid": false, "parent": "a@b", "pending": null }
 //! ```
 //!
 //! Fields may be added within schema 1; a reader leaves out those it does not know. A file of a later schema is not read.
@@ -46,6 +47,12 @@ pub(crate) struct Record {
     /// It was mounted and not unmounted: it is checked before it is mounted again.
     #[serde(default)]
     pub(crate) unclean: bool,
+    /// Its disk may be larger than its file system: that grows when it is next mounted.
+    #[serde(default)]
+    pub(crate) grow_fs: bool,
+    /// Its file system has the UUID of the one that it is a copy of, and cannot be mounted beside it yet.
+    #[serde(default)]
+    pub(crate) shares_uuid: bool,
     /// What it is a copy of.
     #[serde(default)]
     pub(crate) parent: Option<Origin>,
@@ -63,12 +70,24 @@ pub(crate) enum Pending {
         /// mkfs has begun: what is on a remote disk since then is no stranger's.
         formatting: bool,
     },
+    /// A snapshot is being made: it is whole, or there is none.
+    Snapshot {
+        /// Its name.
+        name: Name,
+    },
+    /// Its disk is being made larger, from this many bytes: its size is what the disk's is then.
+    Resize {
+        /// What it was.
+        from: u64,
+    },
 }
 
 impl fmt::Display for Pending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Pending::Create { .. } => "being made",
+            Pending::Snapshot { .. } => "a snapshot was being made",
+            Pending::Resize { .. } => "being made larger",
         })
     }
 }
@@ -87,16 +106,15 @@ impl Record {
             options,
             formatted: false,
             unclean: false,
+            grow_fs: false,
+            shares_uuid: false,
             pending: Some(Pending::Create { formatting: false }),
         }
     }
 
     /// The name of the volume's disk in its folder; None for a remote one.
     pub(crate) fn disk_name(&self) -> Option<&'static str> {
-        self.format.map(|format| match format {
-            DiskFormat::Raw => "disk.raw",
-            DiskFormat::Qcow2 => "disk.qcow2",
-        })
+        self.format.map(DiskFormat::disk_name)
     }
 
     /// Reads the record in a volume's folder. `name` is for people.

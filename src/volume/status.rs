@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::options::DiskFormat;
 use super::plane::Life;
 use super::runtime::State;
-use super::{FsKind, Name, Options, Origin, Pool, Record, Result};
+use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
 
 /// A volume, as `inspect` shows it and Docker's `Get`.
 #[derive(Clone, Debug, Serialize)]
@@ -38,6 +38,8 @@ pub(crate) struct Status {
     pub(crate) holders: BTreeMap<String, u32>,
     pub(crate) limits: BTreeMap<String, u64>,
     pub(crate) parent: Option<Origin>,
+    /// The oldest first.
+    pub(crate) snapshots: Vec<Snapshot>,
     /// As it was made.
     pub(crate) options: Options,
 }
@@ -72,6 +74,7 @@ impl Pool {
             holders: state.holders.clone(),
             limits: record.limits.settings().into_iter().collect(),
             parent: record.parent,
+            snapshots: self.snapshots(name)?,
             options: record.options,
             health,
         })
