@@ -36,6 +36,8 @@ fn on_a_newer_kernel() {
         "many",
         "attach",
         "resize",
+        "volume_killed",
+        "volume_grow",
     ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
 }
