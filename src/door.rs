@@ -81,7 +81,7 @@ pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn
 pub(crate) fn before_sources(doors: &[DoorArgs]) -> Result<()> {
     doors.iter().try_for_each(prepare)?;
     if doors.iter().any(|door| door.ublk().is_some()) {
-        ublk::before_sources()?;
+        ublk::before_sources();
     } else if doors.iter().any(DoorArgs::is_local) {
         io_flusher::become_one();
     }

@@ -101,6 +101,8 @@ impl Told {
 /// # Errors
 /// One line that says what kept it from starting.
 pub(crate) fn run(mut args: ServeArgs) -> Result<ExitCode> {
+    // A kernel without ublk is told of here: before there are other processes, with words of their own.
+    drop(Control::open()?);
     let ready = match serve::start(&args.process)? {
         Forked::Parent(status) => return Ok(status),
         Forked::Child(ready) => ready,

@@ -76,3 +76,35 @@ impl FsKind {
         Err(Error::Other(anyhow::anyhow!("{program}: {}", said(&output))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_program_is_named_with_its_package() {
+        let line = find("nbdbridge-grows-no-such-fs", "no-such-package").unwrap_err().to_string();
+        assert!(
+            line.contains("nbdbridge-grows-no-such-fs") && line.contains("install no-such-package"),
+            "{line}"
+        );
+        find("sh", "dash").unwrap();
+    }
+
+    #[test]
+    fn nothing_needs_no_program() {
+        FsKind::None.check_grower().unwrap();
+        FsKind::None.grow_mounted(Path::new("/dev/null"), Path::new("/")).unwrap();
+    }
+
+    #[test]
+    fn what_the_program_says_is_told() {
+        if find("resize2fs", "e2fsprogs").is_err() {
+            eprintln!("SKIP: what_the_program_says_is_told: no resize2fs here");
+            return;
+        }
+        let nowhere = Path::new("/no/such/device");
+        let error = FsKind::Ext4.grow_mounted(nowhere, Path::new("/")).unwrap_err();
+        assert!(error.to_string().contains("resize2fs") && error.to_string().lines().count() == 1, "{error}");
+    }
+}
