@@ -31,6 +31,7 @@ mod progress;
 mod record;
 mod remove;
 mod runtime;
+mod space;
 mod status;
 
 pub(crate) use create::Created;
@@ -38,9 +39,10 @@ pub(crate) use error::{Error, Result};
 pub(crate) use filesystem::Verdict;
 pub(crate) use name::{Name, Origin};
 pub(crate) use options::{DoorChoice, FsKind, Options, Provision};
-pub(crate) use pool::{Pool, Settings, Share, Space, Volume};
+pub(crate) use pool::{Pool, Volume};
 pub(crate) use progress::Progress;
 #[allow(unused_imports, reason = "for the plugin daemon")]
 pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
+pub(crate) use space::{Settings, Share, Space};
 pub(crate) use status::{Health, Status};
