@@ -39,6 +39,7 @@ mod remove;
 mod resize;
 mod runtime;
 mod snapshot;
+mod space;
 mod status;
 
 pub(crate) use create::Created;
@@ -46,11 +47,12 @@ pub(crate) use error::{Error, Result};
 pub(crate) use filesystem::Verdict;
 pub(crate) use name::{Name, Origin};
 pub(crate) use options::{DoorChoice, FsKind, Options, Provision};
-pub(crate) use pool::{Pool, Settings, Share, Space, Volume};
+pub(crate) use pool::{Pool, Volume};
 pub(crate) use progress::Progress;
 #[allow(unused_imports, reason = "for the plugin daemon")]
 pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
 pub(crate) use resize::Resized;
 pub(crate) use snapshot::{Snapshot, Taken};
+pub(crate) use space::{Settings, Share, Space};
 pub(crate) use status::{Health, Status};

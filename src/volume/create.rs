@@ -12,7 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
-use rustix::fs::FlockOperation;
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate};
 
 use super::clone::Original;
 use super::filesystem::{Found, probe};
@@ -23,7 +23,7 @@ use super::{
     durable,
 };
 use crate::cli::{Format, create};
-use crate::ublk;
+use crate::{size, ublk};
 
 /// What has come of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,9 @@ pub(crate) enum Created {
 
 /// Attempts to make a volume, while others make and remove one of its name.
 const ATTEMPTS: u32 = 100;
+
+/// A pool with less than that may be why a file system cannot be made.
+const SCANT: u64 = 64 << 20;
 
 impl Pool {
     /// Makes a volume, or finds that it is there with equal options; no options at all equal any.
@@ -151,17 +154,18 @@ impl Volume<'_> {
     }
 
     fn make_disk(&self, disk: &Path, progress: &dyn Progress) -> Result<()> {
-        let thick = self.record.options.provision == Provision::Thick;
-        if thick {
-            progress.step("reserving space");
-        }
         let size = self.record.size;
         match self.record.format {
             Some(DiskFormat::Qcow2) => create::create_empty(disk, Format::Qcow2, size)?,
-            _ => create::create_image(disk, size, thick)?,
+            _ => create::create_image(disk, size, false)?,
         }
-        File::open(disk)
-            .and_then(|file| file.sync_all())
+        let file = File::options().write(true).open(disk).with_context(|| disk.display().to_string())?;
+        if self.record.options.provision == Provision::Thick {
+            progress.step("reserving space");
+            let reserved = reserve(&file, size, progress);
+            reserved.with_context(|| format!("{}: cannot reserve {}", disk.display(), size::human(size)))?;
+        }
+        file.sync_all()
             .and_then(|()| durable::sync_folder(&self.folder()))
             .with_context(|| format!("{}: cannot flush it", disk.display()))?;
         Ok(())
@@ -205,7 +209,13 @@ impl Volume<'_> {
         self.save()?;
         progress.step(&format!("making {fs}"));
         let keep_space = self.record.options.provision == Provision::Thick;
-        fs.make(device, &self.record.options.mkfs, keep_space)?;
+        let made = fs.make(device, &self.record.options.mkfs, keep_space);
+        made.map_err(|error| match self.pool.space() {
+            Ok(space) if space.free < SCANT => {
+                Error::Other(anyhow!("{error} (its pool has {} left)", size::human(space.free)))
+            }
+            _ => error,
+        })?;
         self.set_root(device)
     }
 
@@ -242,6 +252,19 @@ impl Volume<'_> {
         self.take_down(&mut state, true)?;
         self.bury()
     }
+}
+
+/// Reserves space for a file, in pieces: a file system that writes zeroes for it takes its time.
+fn reserve(file: &File, size: u64, progress: &dyn Progress) -> rustix::io::Result<()> {
+    const PIECE: u64 = 256 << 20;
+    let mut done = 0;
+    while done < size {
+        let piece = PIECE.min(size - done);
+        fallocate(file, FallocateFlags::empty(), done, piece)?;
+        done += piece;
+        progress.bytes(done, size);
+    }
+    Ok(())
 }
 
 /// Whether a volume is what is asked for.

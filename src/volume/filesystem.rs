@@ -79,7 +79,7 @@ impl FsKind {
         };
         let output = run(program, package, |command| command.args(quiet).args(words).arg(device))?;
         if !output.status.success() {
-            return Err(Error::Usage(format!("{program}: {}", said(&output))));
+            return Err(Error::Other(anyhow!("{program}: {}", said(&output))));
         }
         sync(device)
     }
@@ -185,6 +185,11 @@ pub(super) fn said(output: &Output) -> String {
     const MOST: usize = 300;
     let text = [&output.stderr[..], &output.stdout[..]].map(String::from_utf8_lossy).join("\n");
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    // Some begin each line with their own name, which the reader has been told.
+    let bare = |line: &&str| {
+        line.split_once(": ").filter(|(name, _)| name.starts_with("mkfs.")).map(|(_, rest)| rest.to_owned())
+    };
+    let lines: Vec<_> = lines.iter().map(|line| bare(line).unwrap_or_else(|| (*line).to_owned())).collect();
     let line: String = lines.join("; ").chars().filter(|c| !c.is_control()).take(MOST).collect();
     if line.is_empty() { output.status.to_string() } else { line }
 }
@@ -197,5 +202,50 @@ fn search_path() -> std::ffi::OsString {
     match std::env::var_os("PATH") {
         Some(path) if !path.is_empty() => [path, PLACES.into()].join(":".as_ref()),
         _ => PLACES.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn what_is_on_a_disk() {
+        const SIZE: usize = 3 << 20;
+        let found = |places: &[(usize, &[u8])]| {
+            let mut disk = vec![0; SIZE];
+            for (offset, bytes) in places {
+                disk[*offset..offset + bytes.len()].copy_from_slice(bytes);
+            }
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&disk).unwrap();
+            probe(file.path(), SIZE as u64).unwrap()
+        };
+        assert_eq!(found(&[]), Found::Blank);
+        assert_eq!(found(&[(1080, &[0x53, 0xef])]), Found::Known(FsKind::Ext4));
+        assert_eq!(found(&[(0, b"XFSB")]), Found::Known(FsKind::Xfs));
+        assert_eq!(found(&[(0x1_0040, b"_BHRfS_M")]), Found::Known(FsKind::Btrfs));
+        for place in [0, 512, (1 << 20) - 1, SIZE - (1 << 20), SIZE - 1] {
+            assert_eq!(found(&[(place, b"!")]), Found::Stranger, "{place}");
+        }
+        let short = tempfile::NamedTempFile::new().unwrap();
+        assert!(probe(short.path(), 512).is_err(), "what cannot be read is not blank");
+        assert_eq!(probe(short.path(), 0).unwrap(), Found::Blank);
+    }
+
+    #[test]
+    fn what_programs_say_is_one_line() {
+        let output =
+            Command::new("sh").args(["-c", "echo 'mkfs.x: a\n\n  b' >&2; echo c; exit 3"]).output().unwrap();
+        assert_eq!(said(&output), "a; b; c");
+        let silent = Command::new("sh").args(["-c", "exit 3"]).output().unwrap();
+        assert_eq!(said(&silent), "exit status: 3");
+        let error = run("mkfs.no-such", "no-such-progs", |command| command).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "there is no mkfs.no-such here; install its package: apt-get install no-such-progs"
+        );
     }
 }

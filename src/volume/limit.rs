@@ -53,7 +53,7 @@ impl Pool {
         }
         let device = volume.attach(&mut state, volume.record.options.read_only, progress)?;
         let check = || {
-            if volume.record.unclean && volume.record.fs != FsKind::Ext4 && !volume.record.options.read_only {
+            if volume.record.unclean && !volume.record.options.read_only {
                 progress.step("replaying the log");
                 // Only the kernel can; one that cannot be mounted is looked at as it is.
                 let _ = private::mounted(&volume, &device, |_| Ok(()));

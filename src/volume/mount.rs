@@ -60,6 +60,7 @@ impl Pool {
     ///
     /// # Errors
     /// Not found.
+    #[allow(dead_code, reason = "for the plugin daemon")]
     pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
         if !self.path_of(name).is_dir() {
             return Err(self.not_found(name));
@@ -140,7 +141,8 @@ impl Volume<'_> {
         Ok(there)
     }
 
-    fn is_mounted(&self, state: &State, path: &Path) -> bool {
+    /// Whether its device is mounted at this very path.
+    pub(super) fn is_mounted(&self, state: &State, path: &Path) -> bool {
         let Some(plane) = &state.plane else { return false };
         if self.record.fs == FsKind::None {
             return path == plane.device;
@@ -209,8 +211,9 @@ impl Volume<'_> {
             state.plane = Plane::find(&self.source()?, false, &self.pool.runtime().devices());
         }
         if let Some(plane) = &state.plane {
-            clean &= plane.life() != Life::Dead;
-            if !force && self.record.fs != FsKind::None && stays_in_use(plane) {
+            let dead = plane.life() == Life::Dead;
+            clean &= !dead;
+            if !force && !dead && self.record.fs != FsKind::None && stays_in_use(plane) {
                 // Somebody else's mount: whoever looks after it has ended it next.
                 tracing::warn!("volume `{}`: stays attached, {}", self.name, plane.describe_use());
                 state.mounted = None;
@@ -226,7 +229,10 @@ impl Volume<'_> {
         self.save_state(state)?;
         if clean && self.record.unclean {
             self.record.unclean = false;
-            self.save()?;
+            if let Err(error) = self.save() {
+                // At worst it is checked once more.
+                tracing::warn!("volume `{}`: {error}", self.name);
+            }
         }
         Ok(())
     }

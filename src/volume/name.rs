@@ -65,13 +65,13 @@ impl From<Name> for String {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.pad(&self.0)
     }
 }
 
 impl AsRef<Path> for Name {
     fn as_ref(&self) -> &Path {
-        Path::new(&self.0)
+        Path::new(self.as_str())
     }
 }
 

@@ -261,6 +261,11 @@ impl Options {
                 );
             }
         }
+        if self.read_only && self.source.is_none() && self.from.is_none() {
+            return refuse(
+                "a read-only volume that is made empty stays so: leave out read-only, or give it a source",
+            );
+        }
         if self.format == Some(DiskFormat::Qcow2) && self.provision == Provision::Thick {
             return refuse(
                 "provision=thick needs format=raw: a qcow2 image takes its space as it is written",
@@ -326,8 +331,8 @@ mod tests {
             "",
             "size=10G",
             "size=1G;fs=xfs;format=qcow2;mkfs-options=-m  reflink=1;mount-options=noatime,discard;uid=7;gid=8;mode=750",
-            "size=1G;provision=thick;read-only;door=fuse;iops-total=100;bps-read=1M;bps-read-max=2M",
-            "from=a@b;size=2G",
+            "size=1G;provision=thick;door=fuse;iops-total=100;bps-read=1M;bps-read-max=2M",
+            "from=a@b;size=2G;read-only",
             "source=nbd://h/x;fs=none",
         ] {
             let options = parse(line).unwrap();
@@ -365,6 +370,7 @@ mod tests {
             ("from=../x", "is no name"),
             ("from=a;fs=xfs", "leave out fs"),
             ("format=qcow2;provision=thick", "format=raw"),
+            ("read-only=true", "stays so"),
             ("fs=none;mode=0700", "no file system for"),
             ("mount-options=a\nb", "control characters"),
         ] {

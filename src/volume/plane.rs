@@ -63,15 +63,25 @@ impl Plane {
         Plane::of(PathBuf::from(device), read_only)
     }
 
-    /// Finds one that serves `source` and that no volume is known to have.
+    /// Finds one that serves `source`, or is about to, and that no volume is known to have: whoever started it did not live
+    /// to tell.
     pub(super) fn find(source: &OsString, read_only: bool, known: &[PathBuf]) -> Option<Self> {
         let wanted = parse_source(source.clone()).ok()?.global();
-        let mut served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
-        let device = served.find_map(|served| {
-            let devices = served.places.iter().map(PathBuf::from);
-            devices.into_iter().find(|place| place.starts_with("/dev") && !known.contains(place))
-        })?;
-        Plane::of(device, read_only).ok()
+        let until = Instant::now() + PATIENCE;
+        loop {
+            // It may come up between the two looks.
+            let coming = is_attaching(source);
+            let mut served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
+            let device = served.find_map(|served| {
+                let devices = served.places.iter().map(PathBuf::from);
+                devices.into_iter().find(|place| place.starts_with("/dev") && !known.contains(place))
+            });
+            match device {
+                Some(device) => return Plane::of(device, read_only).ok(),
+                None if !coming || Instant::now() >= until => return None,
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
     }
 
     fn of(device: PathBuf, read_only: bool) -> Result<Self> {
@@ -137,7 +147,8 @@ impl Plane {
 
     /// Whether somebody has the device for himself: it is mounted, in whatever namespace, or part of another device.
     pub(crate) fn is_in_use(&self) -> bool {
-        in_use(&self.device)
+        // To open a device that waits for its process would be to wait, too.
+        self.life() == Life::Recovers || in_use(&self.device)
     }
 
     /// Words for that use.
@@ -176,6 +187,16 @@ impl Plane {
 
 fn ublk_name(device: &Path) -> Option<&str> {
     device.to_str().filter(|name| ublk::is_name(name))
+}
+
+/// Whether a process has been told to attach `source`.
+fn is_attaching(source: &OsString) -> bool {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.into_iter().any(|process| {
+        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0);
+        words.next_back() == Some(source.as_encoded_bytes()) && words.any(|word| word == b"attach")
+    })
 }
 
 /// The command line of the process.
@@ -226,5 +247,55 @@ fn program() -> PathBuf {
     match std::env::current_exe() {
         Ok(path) if path.exists() => path,
         _ => PathBuf::from("/proc/self/exe"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::{FsKind, Options};
+
+    fn words_of(pairs: &[(&str, &str)], format: Option<DiskFormat>, read_only: bool) -> Vec<String> {
+        let options = Options::parse(pairs.iter().copied()).unwrap();
+        let record = Record::new(options, 1 << 30, FsKind::Ext4, format);
+        let words = words(&record, &OsString::from("/a b"), read_only);
+        words.into_iter().map(|word| word.into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_command_line_says_all_that_the_record_does() {
+        let plain = words_of(&[], Some(DiskFormat::Raw), false);
+        assert_eq!(plain, ["attach", "--door=auto", "--format=raw", "--", "/a b"]);
+        let pairs = [("door", "fuse"), ("provision", "thick"), ("iops-total", "7"), ("bps-read", "1M")];
+        let all = words_of(&pairs, Some(DiskFormat::Raw), true);
+        let limits = "--throttle=iops-total=7,bps-read=1048576";
+        let expected = [
+            "attach",
+            "--door=fuse",
+            "--format=raw",
+            "--discard=ignore",
+            limits,
+            "--read-only",
+            "--",
+            "/a b",
+        ];
+        assert_eq!(all, expected);
+        let remote = words_of(&[("source", "nbd://h/x"), ("door", "ublk")], None, false);
+        assert_eq!(remote, ["attach", "--door=ublk", "--", "/a b"]);
+    }
+
+    #[test]
+    fn a_process_that_attaches_is_seen() {
+        let source = OsString::from("/such a disk.raw");
+        let mut command = Command::new("sh");
+        command.args(["-c", "read line", "attach"]).arg(&source).stdin(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let until = Instant::now() + PATIENCE;
+        while !is_attaching(&source) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(is_attaching(&source) && !is_attaching(&OsString::from("/such a disk")));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -1,4 +1,5 @@
-//! The pool: a folder of volumes. Who may do what at the same time, what is in it, and how much more may be.
+//! The pool: a folder of volumes. Who may do what at the same time, what is in it, and what of that was cut
+//! short. How much more may be in it is `space`'s.
 //!
 //! Locks (flock(2), on the folders themselves, so that nothing is left of them):
 //! - the pool's, for moments: while a name or space is given away;
@@ -14,12 +15,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
 use super::options::DiskFormat;
 use super::runtime::{Runtime, State};
-use super::{Error, Name, Pending, Record, Result, durable, snapshot};
-use crate::size;
+use super::space::Settings;
+use super::{Error, Name, Pending, Record, Result, durable};
 
 /// The file that makes a folder a pool. No volume can have this name.
 const FILE: &str = ".pool.json";
@@ -30,62 +30,12 @@ pub(super) const GONE: &str = ".gone-";
 /// What begins with this has no name yet.
 pub(super) const NEW: &str = ".new-";
 
-/// What a pool is set to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub(crate) struct Settings {
-    /// Bytes of the pool's file system that volumes leave free.
-    pub(crate) reserve: Share,
-    /// How many times the rest may be promised.
-    pub(crate) overcommit: f64,
-    /// The size of a volume that nobody gave one, in bytes.
-    pub(crate) default_size: u64,
-}
-
-/// A part of something: bytes, or hundredths.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Share {
-    Bytes(u64),
-    Percent(u8),
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings { reserve: Share::Percent(5), overcommit: 1.0, default_size: 1 << 30 }
-    }
-}
-
-impl Share {
-    /// So much of `whole`, in bytes.
-    fn of(self, whole: u64) -> u64 {
-        match self {
-            Share::Bytes(bytes) => bytes,
-            Share::Percent(percent) => whole / 100 * u64::from(percent),
-        }
-    }
-}
-
 /// An open pool.
 #[derive(Debug)]
 pub(crate) struct Pool {
     folder: PathBuf,
     settings: Settings,
     runtime: Runtime,
-}
-
-/// Space in a pool, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Space {
-    /// Of the file system that it is in.
-    pub(crate) capacity: u64,
-    pub(crate) free: u64,
-    /// Kept free.
-    pub(crate) reserve: u64,
-    /// The sizes of all volumes, and what their snapshots take.
-    pub(crate) promised: u64,
-    /// What they may be at most.
-    pub(crate) promisable: u64,
 }
 
 /// A volume that nobody else works on while this is there.
@@ -117,7 +67,7 @@ impl Pool {
         };
         let settings = serde_json::from_slice(&settings).map_err(|error| {
             Error::Broken(format!(
-                "{}: {error}; set the pool up again: nbdbridge volume pool --make",
+                "{}: {error}; remove that file, and set the pool up again: nbdbridge volume pool --make",
                 file.display()
             ))
         })?;
@@ -271,57 +221,6 @@ impl Pool {
         Ok(folder)
     }
 
-    /// How much there is and how much of it is promised.
-    ///
-    /// # Errors
-    /// One line.
-    pub(crate) fn space(&self) -> Result<Space> {
-        let found = rustix::fs::statvfs(&self.folder).with_context(|| self.folder.display().to_string())?;
-        let capacity = found.f_blocks.saturating_mul(found.f_frsize);
-        let reserve = self.settings.reserve.of(capacity);
-        let sizes = self.all()?.into_iter().filter_map(|(name, record)| {
-            let disk = record.ok().filter(|record| record.format.is_some())?.size;
-            Some(disk.saturating_add(snapshot::promised(&self.path_of(&name))))
-        });
-        let promised = sizes.fold(0_u64, u64::saturating_add);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]
-        let promisable = (capacity.saturating_sub(reserve) as f64 * self.settings.overcommit) as u64;
-        let free = found.f_bavail.saturating_mul(found.f_frsize);
-        Ok(Space { capacity, free, reserve, promised, promisable })
-    }
-
-    /// Whether `promised` more bytes of volumes may be there, of which `now` are taken at once. To be asked with the pool
-    /// locked, until the promise is written down.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] with what there is, and the way out.
-    pub(super) fn admit(&self, promised: u64, now: u64) -> Result<()> {
-        let space = self.space()?;
-        let left = space.promisable.saturating_sub(space.promised);
-        let (pool, human) = (self.folder.display(), size::human);
-        if promised > left {
-            return Err(Error::Usage(format!(
-                "{pool}: {} are more than the {} that may still be promised (of {}, {} are); remove volumes, or see \
-                 nbdbridge volume pool --overcommit",
-                human(promised),
-                human(left),
-                human(space.promisable),
-                human(space.promised)
-            )));
-        }
-        let spare = space.free.saturating_sub(space.reserve);
-        if space.free < space.reserve || now > spare {
-            return Err(Error::Usage(format!(
-                "{pool}: no space: {} are wanted, and of {} free {} are kept in reserve; make room, or see \
-                 nbdbridge volume pool --reserve",
-                human(now),
-                human(space.free),
-                human(space.reserve)
-            )));
-        }
-        Ok(())
-    }
-
     /// What is attached and mounted of a volume now.
     pub(crate) fn state(&self, name: &Name) -> State {
         self.runtime.read(name)
@@ -428,7 +327,13 @@ impl Volume<'_> {
     /// Ends a data plane that nobody needs any more.
     fn let_go(&mut self) -> Result<()> {
         let mut state = self.state();
-        if state.holders.is_empty() { self.take_down(&mut state, false) } else { Ok(()) }
+        let elsewhere =
+            state.mounted.is_none() && state.plane.as_ref().is_some_and(|plane| plane.is_in_use());
+        let here = self.is_mounted(&state, &self.pool.runtime.mount_point(&self.name));
+        if !state.holders.is_empty() || elsewhere && !here {
+            return Ok(());
+        }
+        self.take_down(&mut state, false)
     }
 
     /// What is attached and mounted of it now.

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use anyhow::Context;
 use rustix::fs::{FlockOperation, flock};
@@ -62,8 +63,11 @@ impl Pool {
 
     /// Renames a volume's folder, so that there is none any more, and removes it.
     fn bury(&self, name: &Name, _lock: Option<File>) -> Result<()> {
-        let (path, gone) =
-            (self.path_of(name), self.folder().join(format!("{GONE}{name:.200}-{}", std::process::id())));
+        // Another thread may still be at work on the last one of this name.
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Relaxed);
+        let path = self.path_of(name);
+        let gone = self.folder().join(format!("{GONE}{name:.200}-{}-{number}", std::process::id()));
         let cannot = || format!("{}: cannot remove it", path.display());
         {
             let _pool = self.lock()?;
@@ -113,10 +117,11 @@ fn remove_unlocked(path: &Path) {
 /// Who uses it, for people.
 pub(super) fn describe(state: &State) -> String {
     const MOST: usize = 3;
-    let mut names: Vec<_> = state.holders.keys().take(MOST).map(|id| format!("{id:.16}")).collect();
+    let at = state.mounted.as_ref().map(|path| format!("mounted at {}", path.display()));
+    let by = |id: &String| if id == Volume::BY_HAND { id.clone() } else { format!("for {id:.16}") };
+    let mut words: Vec<_> = at.into_iter().chain(state.holders.keys().take(MOST).map(by)).collect();
     if state.holders.len() > MOST {
-        names.push(format!("{} more", state.holders.len() - MOST));
+        words.push(format!("{} more", state.holders.len() - MOST));
     }
-    let at = state.mounted.as_ref().map_or_else(String::new, |path| format!(" at {}", path.display()));
-    format!("mounted{at} for {}", names.join(", "))
+    words.join(", ")
 }
