@@ -29,7 +29,9 @@ mod volume;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -47,6 +49,8 @@ pub(crate) use values::{
     AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, parse_source,
 };
 pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
+
+use crate::volume::freeze::GUARD_COMMAND;
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;
@@ -79,9 +83,9 @@ pub(crate) enum Action {
     /// Keep a file system frozen for a while.
     GuardFrozen {
         /// Where it is mounted.
-        point: std::path::PathBuf,
+        point: PathBuf,
         /// The longest time.
-        limit: std::time::Duration,
+        limit: Duration,
     },
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
@@ -212,14 +216,6 @@ enum Words {
     Volume(Box<volume::VolumeCommand>),
     /// Tell what a source is
     Info(Box<InfoArgs>),
-    /// Freezes a file system and thaws it again, whatever becomes of who asked
-    #[command(name = crate::volume::freeze::GUARD_COMMAND, hide = true)]
-    GuardFrozen {
-        /// Where it is mounted
-        point: std::path::PathBuf,
-        /// The longest time
-        milliseconds: u64,
-    },
     /// Print a completion script for a shell
     #[command(after_help = "For bash:  nbdbridge completions bash \
                             > /usr/share/bash-completion/completions/nbdbridge")]
@@ -232,6 +228,9 @@ enum Words {
 /// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
     let args: Vec<OsString> = args.into_iter().collect();
+    if let Some(action) = guard_words(&args) {
+        return Ok(action);
+    }
     let matches = command().try_get_matches_from(&args).map_err(|error| answer(&error))?;
     if let Some(line) = matches.subcommand_matches("net").and_then(qemu::answer) {
         return Err(report(&UsageError::new(line).into()));
@@ -259,12 +258,16 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Ok(action) => Ok(Action::Volume(Box::new(action))),
             Err(error) => Err(report(&error.into())),
         },
-        Words::GuardFrozen { point, milliseconds } => {
-            Ok(Action::GuardFrozen { point, limit: std::time::Duration::from_millis(milliseconds) })
-        }
         Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
+}
+
+/// The command that this program gives itself: neither help nor completions tell of it.
+fn guard_words(args: &[OsString]) -> Option<Action> {
+    let [_, word, point, milliseconds] = args else { return None };
+    let limit = Duration::from_millis(milliseconds.to_str()?.parse().ok()?);
+    (word == GUARD_COMMAND).then(|| Action::GuardFrozen { point: point.into(), limit })
 }
 
 fn serve(args: Result<ServeArgs, UsageError>) -> Result<Action, ExitCode> {

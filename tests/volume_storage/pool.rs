@@ -58,7 +58,15 @@ impl Pool {
     }
 
     pub(crate) fn output(&self, words: &[&str]) -> Output {
-        self.command(words).output().unwrap()
+        for _ in 0..100 {
+            let output = self.command(words).output().unwrap();
+            // The programs of btrfs look at all loop devices: another test may just have killed what one stands upon.
+            if !String::from_utf8_lossy(&output.stderr).contains("Transport endpoint is not connected") {
+                return output;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        panic!("{words:?}: a dead FUSE file is on this host (`nbdbridge devices` lists it)");
     }
 
     /// What it prints; it must succeed.

@@ -98,13 +98,13 @@ fn what_a_resize_refuses() {
     }
     let pool = Pool::new();
     pool.create("a", "size=64M fs=none provision=thick");
-    pool.create("r", "size=32M fs=none read-only=true");
+    pool.create("r", "from=a read-only=true");
     let before = pool.record("a");
     for (words, part) in [
         (["a", "32M"], "never shrinks"),
         (["a", "70000001"], "multiple of 4096"),
         (["a", "900T"], "may still be promised"),
-        (["r", "64M"], "is read-only"),
+        (["r", "128M"], "is read-only"),
         (["none", "64M"], "no volume is named `none`"),
     ] {
         let line = pool.refusal(&["resize", words[0], words[1]]);
