@@ -27,6 +27,7 @@ mod server;
 mod session;
 mod slow;
 mod socket;
+mod splice;
 mod translate;
 mod write;
 

@@ -6,10 +6,11 @@
 //!
 //! Callers have checked range, read-only and flags (`Export::check`): implementations only assert them. No
 //! operation that changes data has a default body, so that each layer must consider each one. (The default of those
-//! that change only the space or the size is to refuse, which no layer can get wrong.)
+//! that change only the space or the size is to refuse, and that of `try_write_piped` to decline, which no layer can get wrong.)
 
 use std::fs::File;
 use std::future::{Future, ready};
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -37,6 +38,15 @@ pub struct FileRange {
     pub len: u64,
 }
 
+/// What a write stores, where it lies in a pipe: splice(2) takes it from there to a file without a copy through this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Piped<'a> {
+    /// The end to read from.
+    pub pipe: BorrowedFd<'a>,
+    /// Number of bytes, at most what the pipe holds now.
+    pub len: usize,
+}
+
 /// A block source, or a layer that owns another one.
 pub trait Backend: Send + Sync + 'static {
     /// The present shape. Cheap: called for every request.
@@ -48,6 +58,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Stores `data` at `offset` now, or declines with None; then some of it may be stored already, and the caller goes on with
     /// `write` of the whole.
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>>;
+
+    /// Like `try_write`, with data in a pipe. After None they are all still there; after an error nobody knows how many are. Who
+    /// does not pass this on to a plain file loses only speed.
+    fn try_write_piped(&self, _offset: u64, _data: Piped<'_>, _flags: Flags) -> Option<Result<()>> {
+        None
+    }
 
     /// The range as part of a file that can be sent without waiting for storage, or None. It may be shorter than
     /// asked (never empty), where the rest is something else; `Hole` says that it reads as zeroes. With

@@ -11,8 +11,8 @@ use tokio::sync::{Mutex, watch};
 use crate::layer::{ReadOnly, Throttle, ThrottleHandle};
 use crate::stats::Stats;
 use crate::{
-    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, RangeOrHole,
-    Request, Result,
+    Backend, Buffer, Capabilities, Depth, Error, ErrorKind, Extent, Flags, Geometry, Operation, Piped,
+    RangeOrHole, Request, Result,
 };
 
 /// Where a fast request's bytes go or come from.
@@ -21,6 +21,8 @@ pub enum Data<'a> {
     Into(&'a mut [u8]),
     /// To be stored by a write.
     From(&'a [u8]),
+    /// To be stored by a write, from a pipe; after None they are still in it.
+    Piped(Piped<'a>),
 }
 
 /// The answer to a request that succeeded.
@@ -118,6 +120,7 @@ impl Export {
         let result = match data {
             Data::Into(buf) => self.backend.try_read(request.offset, buf, request.flags),
             Data::From(data) => self.backend.try_write(request.offset, data, request.flags),
+            Data::Piped(data) => self.backend.try_write_piped(request.offset, data, request.flags),
         }?;
         self.record(request, result.is_ok(), arrived);
         Some(result)
@@ -349,6 +352,7 @@ mod tests {
         let len = match &data {
             Data::Into(buf) => buf.len(),
             Data::From(data) => data.len(),
+            Data::Piped(data) => data.len,
         };
         let request = Request { operation, offset: 0, len: len as u64, flags: Flags::NONE };
         export.try_execute(&request, data, Instant::now()).expect("memory never declines")

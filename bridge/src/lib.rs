@@ -29,7 +29,7 @@ pub mod worker;
 pub mod zero;
 
 pub use admission::{Account, Budget, Charge};
-pub use backend::{Backend, FileRange, LocalFuture, RangeOrHole};
+pub use backend::{Backend, FileRange, LocalFuture, Piped, RangeOrHole};
 pub use buffer::Buffer;
 pub use error::{Error, ErrorKind, OpenError, Result};
 pub use export::{Data, Export, Reply};

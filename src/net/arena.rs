@@ -7,6 +7,8 @@ use std::cell::RefCell;
 
 use bridge::admission::RESERVE_BYTES;
 
+use super::splice::Pipe;
+
 /// Most bytes received at once, and the most that a connection keeps unprocessed.
 pub(super) const RECEIVE_BYTES: usize = RECEIVE_CHARGE as usize;
 
@@ -31,6 +33,8 @@ pub(super) struct Scratch {
     pub(super) receive: Box<[u8]>,
     /// Where answers are gathered.
     pub(super) arena: Arena,
+    /// Where large payloads pass through; made for the first.
+    pub(super) pipe: Option<Pipe>,
 }
 
 thread_local! {
@@ -43,6 +47,7 @@ thread_local! {
             answers: 0,
             head: Vec::with_capacity(HEAD_BYTES),
         },
+        pipe: None,
     });
 }
 

@@ -9,6 +9,9 @@ use super::arena::{RECEIVE_BYTES, RECEIVE_CHARGE, SMALL_BYTES};
 use super::connection::Connection;
 use super::slow::WriteJob;
 
+/// Bytes to receive where a request like the last is expected, whose payload need not be copied.
+const HEAD_WINDOW: usize = 512;
+
 /// A payload whose request has been taken in, and whose bytes are still arriving.
 pub(super) enum Payload {
     /// Nobody wants it; then the request is refused.
@@ -42,6 +45,8 @@ pub(super) struct Input {
     charge: Option<Charge>,
     /// The last receive filled its buffer: there is more than a small one holds.
     wants_more: bool,
+    /// The next bytes are a request's head, and its payload is likely to be a large one.
+    head_next: bool,
     /// A payload still arriving.
     pub(super) payload: Option<Payload>,
     /// A charge that was waited for on behalf of the request that comes first.
@@ -70,10 +75,18 @@ impl Input {
 
     /// How many bytes the next pass may hold at once: many only where they are paid for.
     pub(super) fn window(&mut self, connection: &Connection) -> usize {
+        if std::mem::take(&mut self.head_next) {
+            return HEAD_WINDOW;
+        }
         if self.wants_more && self.charge.is_none() {
             self.charge = connection.account.try_window(RECEIVE_CHARGE);
         }
         if self.charge.is_some() { RECEIVE_BYTES } else { SMALL_BYTES.max(self.unprocessed().len()) }
+    }
+
+    /// Has little received next, so that the payload behind it can be spliced.
+    pub(super) fn expect_head(&mut self) {
+        self.head_next = true;
     }
 
     /// Notes how a receive went: `received` of `room` bytes.

@@ -18,8 +18,8 @@ const TRIAL: u32 = 256;
 /// Requests served as the trials have shown to be best, before they are repeated.
 const HOLD: u32 = 8192;
 
-/// Turns in a row that took in one request each before a client counts as one that waits for each answer. Clients with
-/// more in flight are served better in batches, which sleeping lets grow.
+/// Requests in a row that came after the answer to the last before a client counts as one that waits for each answer.
+/// Clients with more in flight are served better in batches, which sleeping lets grow.
 const SINGLES: u32 = 16;
 
 /// Moments in a row that brought nothing: the client does something else.
@@ -46,7 +46,7 @@ pub(super) struct Linger {
     phase: Phase,
     /// Requests of this phase, so far.
     requests: u32,
-    /// Turns in a row with one request each.
+    /// Requests in a row that came alone.
     singles: u32,
     /// Moments in a row that brought nothing.
     misses: u32,
@@ -59,11 +59,16 @@ impl Linger {
         Linger { phase: Phase::New, requests: 0, singles: 0, misses: 0, began: Duration::ZERO }
     }
 
-    /// Whether to stay awake now. `requests` have been taken in since the last call; `processor_time` is this
-    /// thread's, and asked for only where a phase ends.
-    pub(super) fn decide(&mut self, requests: u32, processor_time: impl FnOnce() -> Duration) -> bool {
+    /// Whether to stay awake now. `requests` have been taken in since the last call, some of them before an earlier one
+    /// was answered if they `overlapped`; `processor_time` is this thread's, and asked for only where a phase ends.
+    pub(super) fn decide(
+        &mut self,
+        requests: u32,
+        overlapped: bool,
+        processor_time: impl FnOnce() -> Duration,
+    ) -> bool {
         self.requests = self.requests.saturating_add(requests);
-        self.singles = if requests == 1 { self.singles.saturating_add(1) } else { 0 };
+        self.singles = if overlapped { 0 } else { self.singles.saturating_add(requests) };
         let length = match self.phase {
             Phase::New => 1,
             Phase::TrySleeping | Phase::TryLingering(_) => TRIAL,
@@ -82,6 +87,11 @@ impl Linger {
             };
             self.enter(next, now);
         }
+        self.is_awake()
+    }
+
+    /// Whether to stay awake in the middle of a request too: many clients send a payload apart from its header.
+    pub(super) fn is_awake(&self) -> bool {
         self.singles >= SINGLES && matches!(self.phase, Phase::TryLingering(_) | Phase::Hold(true))
     }
 
@@ -108,7 +118,7 @@ mod tests {
         let mut lingered = 0;
         for _ in 0..count {
             let now = Duration::from_nanos(*clock);
-            if linger.decide(1, || now) {
+            if linger.decide(1, false, || now) {
                 linger.ended(true);
                 lingered += 1;
                 *clock += lingering;
@@ -143,9 +153,9 @@ mod tests {
     fn a_client_with_many_in_flight_is_slept_for() {
         let (mut linger, mut clock) = (Linger::new(), 0);
         serve(&mut linger, &mut clock, 1 + 2 * TRIAL, 20_000, 10_000);
-        assert!(linger.decide(1, || Duration::ZERO));
-        assert!(!linger.decide(2, || Duration::ZERO));
-        assert!(!linger.decide(1, || Duration::ZERO));
+        assert!(linger.decide(1, false, || Duration::ZERO));
+        assert!(!linger.decide(2, true, || Duration::ZERO));
+        assert!(!linger.decide(1, false, || Duration::ZERO));
         assert_eq!(serve(&mut linger, &mut clock, SINGLES, 20_000, 10_000), 2);
     }
 
@@ -155,7 +165,7 @@ mod tests {
         let (mut lingered, mut clock) = (0, 0);
         for _ in 0..TRIAL * 4 {
             clock += 10;
-            if linger.decide(1, || Duration::from_micros(clock)) {
+            if linger.decide(1, false, || Duration::from_micros(clock)) {
                 linger.ended(false);
                 lingered += 1;
             }

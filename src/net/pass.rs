@@ -86,6 +86,7 @@ impl Reader {
         }
         let head = WireRequest::header_len(extended);
         self.taken += 1;
+        self.overlapped |= arena.answers() > 0 || self.connection.in_flight() > 0;
         self.worked = wire.length.max(SMALL_WORK_BYTES);
         let contexts = self.connection.contexts.any();
         let request =

@@ -16,6 +16,7 @@ use super::connection::{Connection, ready_if};
 use super::input::{Input, Stop};
 use super::linger::{self, Linger};
 use super::socket::HangUp;
+use super::splice::Spliced;
 
 /// A client that ended its half of the connection is believed to be there for so long.
 const HALF_OPEN: Duration = Duration::from_secs(10);
@@ -42,7 +43,11 @@ pub(super) struct Reader {
     pub(super) worked: u64,
     /// Requests taken in since the last wait.
     pub(super) taken: u32,
+    /// Whether one of them came before an earlier one was answered.
+    pub(super) overlapped: bool,
     linger: Linger,
+    /// Whether to splice large payloads.
+    pub(super) splicing: Look,
     /// Whether to look for more requests before answers are sent, and after it before waiting.
     before_send: Look,
     after_send: Look,
@@ -59,7 +64,9 @@ impl Reader {
             arena_charge: None,
             worked: 0,
             taken: 0,
+            overlapped: false,
             linger: Linger::new(),
+            splicing: Look { eager: 1, declined: 0 },
             before_send: Look::default(),
             after_send: Look::default(),
             looked: false,
@@ -155,9 +162,16 @@ impl Reader {
         let connection = self.connection.clone();
         let midway = self.input.is_midway();
         let looked = self.looked;
-        if !midway && self.linger.decide(std::mem::take(&mut self.taken), processor_time) {
-            let found = self.stay_awake().await;
-            self.linger.ended(found);
+        if midway {
+            if self.linger.is_awake() {
+                self.stay_awake().await;
+            }
+        } else {
+            let (taken, overlapped) = (std::mem::take(&mut self.taken), std::mem::take(&mut self.overlapped));
+            if self.linger.decide(taken, overlapped, processor_time) {
+                let found = self.stay_awake().await;
+                self.linger.ended(found);
+            }
         }
         let wait = connection.reader_wait(|cx| {
             if connection.is_closed() {
@@ -209,33 +223,21 @@ impl Reader {
     /// alone. So the socket is looked at once more before sending, and after it before waiting, as long as such
     /// looks have found something of late.
     fn gather(&mut self, scratch: &mut Scratch, told: bool) -> (io::Result<Stop>, bool) {
-        let connection = self.connection.clone();
-        let Scratch { receive, arena } = scratch;
+        let Scratch { receive, arena, pipe } = scratch;
         arena.clear();
         let mut first = true;
         loop {
-            let midway = self.input.is_midway();
-            let kept = self.input.unprocessed();
-            let have = kept.len();
-            receive[..have].copy_from_slice(kept);
-            let window = self.input.window(&connection).max((have + 1).min(RECEIVE_BYTES));
-            let room = &mut receive[have..window];
-            let wanted = room.len();
-            let received = match connection.socket.receive(room) {
-                Ok(Some(0)) if midway => return (Err(io::ErrorKind::UnexpectedEof.into()), false),
-                Ok(Some(0)) => return (Ok(Stop::End), false),
-                Ok(received) => received,
+            let (len, emptied) = match self.splice(pipe, receive) {
+                Ok(Spliced::Stored) => return (Ok(Stop::NeedMore), false),
+                Ok(Spliced::Received(len)) => (len, false),
+                Ok(Spliced::No) => match self.receive_more(receive, first, told) {
+                    Ok(received) => received,
+                    Err(ended) => return ended,
+                },
                 Err(error) => return (Err(error), false),
             };
-            match (first, told) {
-                (true, true) => {}
-                (true, false) => self.after_send.found(received.is_some()),
-                (false, _) => self.before_send.found(received.is_some()),
-            }
             first = false;
-            let Some(received) = received else { return (Ok(Stop::NeedMore), true) };
-            self.input.received(received, wanted);
-            let bytes = &receive[..have + received];
+            let bytes = &receive[..len];
             let (used, stop) = match self.pass(bytes, arena) {
                 Ok(passed) => passed,
                 Err(error) => return (Err(error), false),
@@ -243,9 +245,40 @@ impl Reader {
             self.input.keep_rest(bytes, used);
             let enough = !(1..GATHER_ANSWERS).contains(&arena.answers());
             if stop != Stop::NeedMore || enough || !self.before_send.is_worth_it() {
-                return (Ok(stop), received < wanted);
+                return (Ok(stop), emptied);
             }
         }
+    }
+
+    /// Receives what is there behind the kept bytes. How many there are then, and whether the socket has been emptied; or what
+    /// [`Reader::gather`] returns.
+    fn receive_more(
+        &mut self,
+        receive: &mut [u8],
+        first: bool,
+        told: bool,
+    ) -> Result<(usize, bool), (io::Result<Stop>, bool)> {
+        let midway = self.input.is_midway();
+        let kept = self.input.unprocessed();
+        let have = kept.len();
+        receive[..have].copy_from_slice(kept);
+        let window = self.input.window(&self.connection).max((have + 1).min(RECEIVE_BYTES));
+        let room = &mut receive[have..window];
+        let wanted = room.len();
+        let received = match self.connection.socket.receive(room) {
+            Ok(Some(0)) if midway => return Err((Err(io::ErrorKind::UnexpectedEof.into()), false)),
+            Ok(Some(0)) => return Err((Ok(Stop::End), false)),
+            Ok(received) => received,
+            Err(error) => return Err((Err(error), false)),
+        };
+        match (first, told) {
+            (true, true) => {}
+            (true, false) => self.after_send.found(received.is_some()),
+            (false, _) => self.before_send.found(received.is_some()),
+        }
+        let Some(received) = received else { return Err((Ok(Stop::NeedMore), true)) };
+        self.input.received(received, wanted);
+        Ok((have + received, received < wanted))
     }
 
     /// A pass over the bytes kept from an earlier one.
@@ -276,18 +309,18 @@ impl Reader {
 
 /// A guess whether a look at the socket will find something, from how the last ones went.
 #[derive(Default)]
-struct Look {
+pub(super) struct Look {
     eager: u8,
     declined: u8,
 }
 
 impl Look {
-    fn is_worth_it(&mut self) -> bool {
+    pub(super) fn is_worth_it(&mut self) -> bool {
         self.declined = if self.eager > 0 { 0 } else { (self.declined + 1) % PROBE };
         self.eager > 0 || self.declined == 0
     }
 
-    fn found(&mut self, something: bool) {
+    pub(super) fn found(&mut self, something: bool) {
         self.eager = if something { EAGER_LOOKS } else { self.eager.saturating_sub(1) };
     }
 }

@@ -10,6 +10,7 @@ use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, sockopt};
+use rustix::pipe::SpliceFlags;
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
@@ -83,6 +84,19 @@ impl Socket {
             rustix::fs::sendfile(&self.fd, file.as_fd(), Some(&mut offset), len)
         });
         count(&self.sent, sent)
+    }
+
+    /// Moves what is there, up to `len` bytes, to a pipe that has room; like [`Socket::receive`].
+    pub(super) fn splice(&self, pipe: &File, len: usize) -> io::Result<Option<usize>> {
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let moved = would_block(|| rustix::pipe::splice(&self.fd, None, pipe, None, len, flags));
+        count(&self.received, moved)
+    }
+
+    /// How many bytes could be received now; 0 where that is not known.
+    pub(super) fn waiting(&self) -> usize {
+        let waiting = rustix::io::ioctl_fionread(&self.fd).unwrap_or(0);
+        usize::try_from(waiting).unwrap_or(0)
     }
 
     /// Bytes that were received and sent since the beginning.

@@ -15,7 +15,7 @@ use super::slow::{self, OVERHEAD_BYTES, SMALL_PIECE_BYTES, WriteJob};
 use super::translate;
 
 /// Part of a large payload that is stored at once, at least; a smaller write is stored whole.
-const STORE_BYTES: usize = 64 << 10;
+pub(super) const STORE_BYTES: usize = 64 << 10;
 
 /// A piece that a connection's own reserve covers.
 const SMALL_PIECE: usize = SMALL_PIECE_BYTES as usize;
@@ -169,7 +169,7 @@ impl Reader {
 
 /// The part of `available` bytes at `offset` that ends on a whole page, so that storage is not asked to change parts
 /// of one twice; all of them where they are the last, or hold no page's end.
-fn whole_pages(offset: u64, available: usize, left: u64) -> usize {
+pub(super) fn whole_pages(offset: u64, available: usize, left: u64) -> usize {
     if available as u64 == left {
         return available;
     }

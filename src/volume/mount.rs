@@ -168,7 +168,7 @@ impl Volume<'_> {
         let mut plane = None;
         if state.starting {
             // Whoever started it did not live to tell.
-            plane = Plane::find(&source, read_only, &self.pool.runtime().devices());
+            plane = self.find_plane(read_only)?;
         }
         if plane.is_none() {
             progress.step("attaching");
@@ -208,7 +208,7 @@ impl Volume<'_> {
             let _ = fs::remove_dir(&path);
         }
         if state.plane.is_none() && state.starting {
-            state.plane = Plane::find(&self.source()?, false, &self.pool.runtime().devices());
+            state.plane = self.find_plane(false)?;
         }
         if let Some(plane) = &state.plane {
             let dead = plane.life() == Life::Dead;
@@ -304,6 +304,13 @@ impl Volume<'_> {
         });
         let down = self.take_down(state, false);
         cleaned.and(down)
+    }
+
+    /// A data plane of this volume's that nothing is written down of.
+    fn find_plane(&self, read_only: bool) -> Result<Option<Plane>> {
+        // Of a remote disk, other volumes may have data planes, too.
+        let others = if self.disk().is_some() { Vec::new() } else { self.pool.runtime().devices() };
+        Ok(Plane::find(&self.source()?, read_only, &others))
     }
 
     /// What the data plane serves.

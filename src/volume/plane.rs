@@ -86,9 +86,13 @@ impl Plane {
 
     fn of(device: PathBuf, read_only: bool) -> Result<Self> {
         let by_loop = || {
-            let all = Attachment::all().into_iter();
-            let mut found = all.filter(|(attachment, _)| attachment.device.as_deref() == Some(&device));
-            found.find(|(attachment, _)| attachment.is_alive()).map(|(attachment, _)| attachment.pid)
+            // A process that has just given the device up may still be there: the file tells whose it is.
+            let file = backing_file(&device);
+            let is_it = |attachment: &Attachment| {
+                attachment.device.as_deref() == Some(&device) && Some(&attachment.file) == file.as_ref()
+            };
+            let found = Attachment::all().into_iter().find(|(attachment, _)| is_it(attachment));
+            found.map(|(attachment, _)| attachment.pid)
         };
         let pid = match ublk_name(&device) {
             Some(name) => ublk::server(name).map(|(pid, _)| pid),

@@ -137,8 +137,8 @@ fn a_data_plane_that_dies() {
     world.kill_plane("a");
     let health = world.inspect("a")["health"]["bad"].as_str().unwrap().to_owned();
     assert!(health.contains("its data plane has died"), "{health}");
-    let limited = world.ok("limit a iops-total=100");
-    assert_eq!(limited, "iops-total=100\n");
+    let limited = world.ok("limit a iops-total=90000");
+    assert_eq!(limited, "iops-total=90000\n");
     // Mounted again, it is another one's, and what was flushed is there.
     assert_eq!(fs::read(world.mount("a").join("file")).unwrap(), b"data");
     assert_eq!(world.inspect("a")["health"], "ok");

@@ -30,7 +30,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Acquire};
 
 use crate::ranges::RangeLocks;
 use crate::{
-    Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole, Result,
+    Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, Piped, RangeOrHole,
+    Result,
 };
 
 pub use open::create;
@@ -237,6 +238,11 @@ impl Backend for FileBackend {
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>> {
         self.disk.check_change(offset, data.len() as u64);
         self.disk.try_write(offset, data, flags)
+    }
+
+    fn try_write_piped(&self, offset: u64, data: Piped<'_>, flags: Flags) -> Option<Result<()>> {
+        self.disk.check_change(offset, data.len as u64);
+        self.disk.try_write_piped(offset, data, flags)
     }
 
     fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {

@@ -4,7 +4,7 @@
 //! outside the part can be reached, since the range is checked against this layer's size.
 
 use crate::{
-    Backend, Buffer, Capabilities, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result,
+    Backend, Buffer, Capabilities, Depth, Extent, Flags, Geometry, LocalFuture, Piped, RangeOrHole, Result,
 };
 
 /// A part of another backend.
@@ -39,6 +39,10 @@ impl Backend for Slice {
 
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>> {
         self.inner.try_write(self.start + offset, data, flags)
+    }
+
+    fn try_write_piped(&self, offset: u64, data: Piped<'_>, flags: Flags) -> Option<Result<()>> {
+        self.inner.try_write_piped(self.start + offset, data, flags)
     }
 
     fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {

@@ -15,7 +15,7 @@ use bucket::Direction;
 use gate::Gate;
 
 use crate::layer::SettingError;
-use crate::{Backend, Buffer, Depth, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{Backend, Buffer, Depth, Extent, Flags, Geometry, LocalFuture, Piped, RangeOrHole, Result};
 
 mod bucket;
 mod config;
@@ -107,6 +107,16 @@ impl Backend for Throttle {
         }
         let pass = self.gate.try_pass(Direction::Write, data.len() as u64, flags)?;
         let result = self.inner.try_write(offset, data, flags)?;
+        pass.use_up();
+        Some(result)
+    }
+
+    fn try_write_piped(&self, offset: u64, data: Piped<'_>, flags: Flags) -> Option<Result<()>> {
+        if self.gate.is_open() {
+            return self.inner.try_write_piped(offset, data, flags);
+        }
+        let pass = self.gate.try_pass(Direction::Write, data.len as u64, flags)?;
+        let result = self.inner.try_write_piped(offset, data, flags)?;
         pass.use_up();
         Some(result)
     }

@@ -159,6 +159,11 @@ def running(server, target, place):
                 time.sleep(0.01)
             # Its farewell to that first client is no part of what is measured.
             time.sleep(0.05)
-            yield up
+            try:
+                yield up
+            except Failed as error:
+                # A client that failed seldom knows why.
+                up.check()
+                raise Failed(f"{error}; {server.name}: {last_line(log)}") from error
         finally:
             end(child)

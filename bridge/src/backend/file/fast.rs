@@ -11,7 +11,7 @@
 //! | no RWF_NOWAIT reads (FUSE, some network file systems) | declined | as above |
 //!
 //! A caller that is patient (`Flags::PATIENT`) has plain writes of any size made at once. A plain write of part of a page that is not in memory would read it first: it is declined. It may still wait, for
-//! the inode's lock or for dirty pages to be written. One that took over a millisecond (for each 64 KiB) sends the writes
+//! the inode's lock or for dirty pages to be written. Data that lie in a pipe are spliced where writes are plain. One that took over a millisecond (for each 64 KiB) sends the writes
 //! of this file to the slow path for a tenth of a second.
 
 use std::io::{IoSlice, IoSliceMut};
@@ -20,10 +20,11 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
+use rustix::pipe::SpliceFlags;
 
 use super::slow::shrunken;
 use super::{Disk, FileOptions, Kind};
-use crate::{Error, ErrorKind, FileRange, Flags, RangeOrHole, Result, sys};
+use crate::{Error, ErrorKind, FileRange, Flags, Piped, RangeOrHole, Result, sys};
 
 /// Largest plain write that is made on the caller's thread, in bytes; tmpfs has no such bound. The NBD door stores large
 /// payloads in pieces of this size: handed to other threads they cost twice the processor time (ext4, 1 MiB writes).
@@ -53,6 +54,8 @@ pub(super) struct Fast {
     reads: AtomicBool,
     writes: AtomicBool,
     nowait_writes: AtomicBool,
+    /// The file takes data from a pipe.
+    splices: AtomicBool,
     ranges: AtomicBool,
     /// Until when writes keep off, in nanoseconds after `epoch`.
     keep_off_until: AtomicU64,
@@ -70,6 +73,7 @@ impl Fast {
             reads: AtomicBool::new(!direct),
             writes: AtomicBool::new(plain || !(direct || options.cache.every_write_durable())),
             nowait_writes: AtomicBool::new(true),
+            splices: AtomicBool::new(!direct),
             ranges: AtomicBool::new(!direct && !matches!(kind, Kind::Device(_))),
             keep_off_until: AtomicU64::new(0),
             plain_write_at: AtomicU64::new(0),
@@ -103,7 +107,7 @@ impl Fast {
 
     #[cfg(test)]
     pub(super) fn has_nowait_writes(&self) -> bool {
-        self.nowait_writes.load(Relaxed)
+        !self.plain && self.nowait_writes.load(Relaxed)
     }
 }
 
@@ -156,21 +160,72 @@ impl Disk {
                 Err(errno) => return Some(Err(Error::from_errno(errno, "write"))),
             }
         }
+        self.write_now(offset, data.len(), flags, || Some(self.write_plain(offset, data)))
+    }
+
+    /// The same with data in a pipe, for files with plain writes.
+    pub(super) fn try_write_piped(&self, offset: u64, data: Piped<'_>, flags: Flags) -> Option<Result<()>> {
+        let fast = &self.fast;
+        if !fast.writes.load(Relaxed) || !fast.splices.load(Relaxed) || self.durable(flags) {
+            return None;
+        }
+        if fast.plain {
+            return self.splice(offset, data);
+        }
+        if fast.nowait_writes.load(Relaxed) {
+            return None;
+        }
+        self.write_now(offset, data.len, flags, || self.splice(offset, data))
+    }
+
+    /// Makes a plain write of `len` bytes on this thread, unless it may take long.
+    fn write_now(
+        &self,
+        offset: u64,
+        len: usize,
+        flags: Flags,
+        write: impl FnOnce() -> Option<Result<()>>,
+    ) -> Option<Result<()>> {
         let begun = self.fast.now();
-        if data.len() > INLINE_WRITE && !flags.contains(Flags::PATIENT)
+        if len > INLINE_WRITE && !flags.contains(Flags::PATIENT)
             || begun < self.fast.keep_off_until.load(Relaxed)
-            || !self.edges_in_memory(offset, data.len() as u64)
+            || !self.edges_in_memory(offset, len as u64)
         {
             return None;
         }
-        let result = self.write_plain(offset, data);
+        let result = write()?;
         let ended = self.fast.now();
         self.fast.plain_write_at.store(ended, Relaxed);
-        let pieces = data.len().div_ceil(INLINE_WRITE) as u128;
-        if u128::from(ended - begun) > SLOW_WRITE.as_nanos() * pieces {
+        if u128::from(ended - begun) > SLOW_WRITE.as_nanos() * len.div_ceil(INLINE_WRITE) as u128 {
             self.fast.keep_off(ended);
         }
         Some(result)
+    }
+
+    /// Moves all of the data from the pipe; None where this file takes none, and nothing has been moved.
+    fn splice(&self, mut offset: u64, data: Piped<'_>) -> Option<Result<()>> {
+        let mut left = data.len;
+        while left > 0 {
+            let moved = rustix::pipe::splice(
+                data.pipe,
+                None,
+                &*self.file,
+                Some(&mut offset),
+                left,
+                SpliceFlags::MOVE,
+            );
+            match moved {
+                Ok(0) => return Some(Err(Error::new(ErrorKind::Io, "a write stored nothing"))),
+                Ok(count) => left -= count,
+                Err(Errno::INTR) => {}
+                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) if left == data.len => {
+                    self.fast.splices.store(false, Relaxed);
+                    return None;
+                }
+                Err(errno) => return Some(Err(Error::from_errno(errno, "write"))),
+            }
+        }
+        Some(Ok(()))
     }
 
     /// The start of a range as part of the file, or as a hole, where that can be sent without waiting.

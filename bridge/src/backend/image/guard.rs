@@ -11,7 +11,9 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use super::probe::{Guess, ImageFormat, PROBE_BYTES, guess};
 use crate::backend::file::FileBackend;
-use crate::{Backend, Buffer, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, RangeOrHole, Result};
+use crate::{
+    Backend, Buffer, Error, ErrorKind, Extent, Flags, Geometry, LocalFuture, Piped, RangeOrHole, Result,
+};
 
 const SECTOR: u64 = PROBE_BYTES as u64;
 
@@ -95,6 +97,10 @@ impl Backend for Guard {
     #[inline]
     fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>> {
         if offset < SECTOR { None } else { self.inner.try_write(offset, data, flags) }
+    }
+
+    fn try_write_piped(&self, offset: u64, data: Piped<'_>, flags: Flags) -> Option<Result<()>> {
+        if offset < SECTOR { None } else { self.inner.try_write_piped(offset, data, flags) }
     }
 
     fn file_range(&self, offset: u64, len: u64, flags: Flags) -> Option<RangeOrHole> {

@@ -1,6 +1,8 @@
 //! The fast path: when it answers, when it declines, and file ranges.
 
 use super::*;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 fn options() -> FileOptions {
@@ -94,6 +96,39 @@ fn a_slow_write_sends_the_next_ones_the_other_way_for_a_while() {
     backend.disk.fast.keep_off_now();
     assert!(write(512).is_none());
     soon(|| write(512)).unwrap();
+}
+
+#[test]
+fn data_in_a_pipe_are_stored_or_stay_there() {
+    let data = pattern(50_000);
+    let (mut read, mut write) = std::io::pipe().unwrap();
+    for (folder, cache, taken) in [
+        (memory(), CacheMode::Writeback, true),
+        (disk(), CacheMode::Writeback, true),
+        (disk(), CacheMode::WriteThrough, false),
+    ] {
+        let path = image(&folder, 1 << 20);
+        let backend = open(&path, &FileOptions { cache, ..options() });
+        // What kind of writes the file has is learnt from the first.
+        let _ = backend.try_write(0, &[0; 4096], Flags::NONE);
+        let taken = taken && !backend.disk.fast.has_nowait_writes();
+        write.write_all(&data).unwrap();
+        let piped = Piped { pipe: read.as_fd(), len: data.len() };
+        let stored = soon(|| match backend.try_write_piped(4096, piped, Flags::NONE) {
+            None if taken => None,
+            other => Some(other),
+        });
+        assert_eq!(stored.is_some(), taken, "{cache:?}");
+        let mut seen = vec![0; data.len()];
+        match stored {
+            Some(result) => {
+                result.unwrap();
+                File::open(&path).unwrap().read_exact_at(&mut seen, 4096).unwrap();
+            }
+            None => read.read_exact(&mut seen).unwrap(),
+        }
+        assert!(seen == data, "{cache:?}");
+    }
 }
 
 #[test]
