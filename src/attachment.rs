@@ -161,7 +161,7 @@ pub(crate) fn folder() -> Option<PathBuf> {
 
 /// When a process was started, in clock ticks (proc_pid_stat(5), field 22); None for one that is gone or only waits to be
 /// buried.
-fn started(pid: u32) -> Option<u64> {
+pub(crate) fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is a name in parentheses, and may hold anything.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();

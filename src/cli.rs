@@ -24,17 +24,20 @@ mod remote;
 mod source;
 mod ublk;
 mod values;
+mod volume;
 
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use ask::{AskAction, LimitsWish};
-pub(crate) use attach::{AttachAction, DetachArgs, LoopArgs};
+pub(crate) use attach::{AttachAction, BlockDoor, DetachArgs, LoopArgs};
 pub(crate) use bench::{BenchArgs, End};
 pub(crate) use fuse::FuseArgs;
 pub(crate) use info::InfoArgs;
@@ -42,7 +45,12 @@ pub(crate) use net::NetArgs;
 pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
 pub(crate) use ublk::{DevicesArgs, RecoverArgs, UblkArgs};
-pub(crate) use values::{AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source};
+pub(crate) use values::{
+    AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, parse_source,
+};
+pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
+
+use crate::volume::freeze::GUARD_COMMAND;
 
 /// Exit status of a command line that makes no sense.
 const USAGE_STATUS: u8 = 2;
@@ -68,8 +76,17 @@ pub(crate) enum Action {
     Ask(AskAction),
     /// `nbdbridge bench`: measure a server.
     Bench(Box<BenchArgs>),
+    /// `nbdbridge volume`: container volumes.
+    Volume(Box<VolumeAction>),
     /// `nbdbridge info`: tell about a source.
     Info(Box<InfoArgs>),
+    /// Keep a file system frozen for a while.
+    GuardFrozen {
+        /// Where it is mounted.
+        point: PathBuf,
+        /// The longest time.
+        limit: Duration,
+    },
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
 }
@@ -195,6 +212,8 @@ enum Words {
     Resize(ask::ResizeCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
+    /// Make and use container volumes: disks with a file system, in a pool
+    Volume(Box<volume::VolumeCommand>),
     /// Tell what a source is
     Info(Box<InfoArgs>),
     /// Print a completion script for a shell
@@ -215,6 +234,9 @@ const SHOWN_OF_IT: usize = 64;
 /// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
     let args: Vec<OsString> = args.into_iter().collect();
+    if let Some(action) = guard_words(&args) {
+        return Ok(action);
+    }
     let matches = command().try_get_matches_from(&args).map_err(|error| answer(&error))?;
     if let Some(line) = matches.subcommand_matches("net").and_then(qemu::answer) {
         return Err(report(&UsageError::new(line).into()));
@@ -238,9 +260,20 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
             Ok(args) => Ok(Action::Bench(Box::new(args))),
             Err(error) => Err(report(&error.into())),
         },
+        Words::Volume(flags) => match flags.into_action() {
+            Ok(action) => Ok(Action::Volume(Box::new(action))),
+            Err(error) => Err(report(&error.into())),
+        },
         Words::Info(args) => Ok(Action::Info(args)),
         Words::Completions { shell } => Ok(Action::Completions(shell)),
     }
+}
+
+/// The command that this program gives itself: neither help nor completions tell of it.
+fn guard_words(args: &[OsString]) -> Option<Action> {
+    let [_, word, point, milliseconds] = args else { return None };
+    let limit = Duration::from_millis(milliseconds.to_str()?.parse().ok()?);
+    (word == GUARD_COMMAND).then(|| Action::GuardFrozen { point: point.into(), limit })
 }
 
 fn serve(args: Result<ServeArgs, UsageError>) -> Result<Action, ExitCode> {

@@ -17,6 +17,7 @@ pub(crate) mod command;
 mod find;
 mod folder;
 mod guests;
+mod query;
 mod routes;
 mod server;
 mod wire;
@@ -29,7 +30,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bridge::Export;
 use bridge::worker::Workers;
 
+pub(crate) use folder::path as runtime_folder;
+pub(crate) use query::{Served, served, served_by};
 pub(crate) use server::Control;
+use wire::ResizeWish;
 pub(crate) use wire::{Client, ClientReport, Place};
 
 /// A boxed future that any thread may poll.

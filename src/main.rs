@@ -19,13 +19,14 @@ mod serve;
 mod size;
 mod systemd;
 mod ublk;
+mod volume;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use cli::{Action, AttachAction, RecoverArgs};
+use cli::{Action, AttachAction, BlockDoor, RecoverArgs};
 
 fn main() -> ExitCode {
     allocator::keep_little();
@@ -56,6 +57,13 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Volume(action) => {
+            cli::logging::init(0)?;
+            volume::command::run(&action).map(|()| ExitCode::SUCCESS)
+        }
+        Action::GuardFrozen { point, limit } => {
+            volume::freeze::guard(&point, limit).map(|()| ExitCode::SUCCESS)
+        }
         Action::Info(args) => info::run(&args),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
@@ -78,9 +86,14 @@ fn recover(recover: RecoverArgs) -> Result<ExitCode> {
     }
 }
 
-/// Makes a block device by the best door of this host.
+/// Makes a block device by the best door of this host, or the one that is asked for.
 fn attach(action: AttachAction) -> Result<ExitCode> {
-    if !ublk::is_here() {
+    let by_ublk = match action.door {
+        BlockDoor::Auto => ublk::is_here(),
+        BlockDoor::Ublk => true,
+        BlockDoor::Fuse => false,
+    };
+    if !by_ublk {
         cli::logging::init(action.by_loop.process.verbose)?;
         return serve::run(&action.by_loop);
     }

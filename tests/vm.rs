@@ -38,6 +38,8 @@ fn on_a_newer_kernel() {
         "resize",
         "large_reads",
         "udev",
+        "volume_killed",
+        "volume_grow",
     ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
 }

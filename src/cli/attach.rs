@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, ValueEnum};
 
 use super::also::{AlsoNet, Writers};
 use super::process::ProcessFlags;
@@ -31,6 +31,10 @@ pub(super) struct AttachCommand {
     #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(values::parse_source))]
     source: Source,
 
+    /// Which kind of device
+    #[arg(long, value_name = "DOOR", default_value = "auto")]
+    door: BlockDoor,
+
     /// Stay in the foreground, until a signal ends it
     #[arg(long, conflicts_with = "fork")]
     foreground: bool,
@@ -48,9 +52,22 @@ pub(super) struct AttachCommand {
     process: ProcessFlags,
 }
 
-/// The two ways to a block device, of which the host decides.
+/// A way to a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BlockDoor {
+    /// ublk where the kernel has it, else FUSE and a loop device
+    Auto,
+    /// A device of ublk's: it survives the death of its process
+    Ublk,
+    /// A loop device over a FUSE file
+    Fuse,
+}
+
+/// The two ways to a block device, of which the host decides, or a person.
 #[derive(Debug)]
 pub(crate) struct AttachAction {
+    /// Which.
+    pub(crate) door: BlockDoor,
     /// Where the kernel has no ublk: a loop device over a FUSE file.
     pub(crate) by_loop: ServeArgs,
     /// Where it has: the command line of `nbdbridge ublk` that makes one. A device that is taken over is remembered by it.
@@ -60,12 +77,11 @@ pub(crate) struct AttachAction {
 impl AttachCommand {
     /// Checks what clap cannot, and makes the typed values. `words` are those behind `attach`.
     pub(super) fn into_action(self, words: &[OsString]) -> Result<AttachAction, UsageError> {
-        let stays = self.foreground;
+        let (stays, door) = (self.foreground, self.door);
         let by_loop = self.into_args()?;
         let head = ["nbdbridge", "ublk"].into_iter().map(OsString::from);
         let fork = (!stays && !words.iter().any(|word| word == "--fork")).then(|| OsString::from("--fork"));
-        let rest = words.iter().filter(|word| *word != "--foreground").cloned();
-        Ok(AttachAction { by_loop, ublk_words: head.chain(fork).chain(rest).collect() })
+        Ok(AttachAction { door, by_loop, ublk_words: head.chain(fork).chain(of_ublk(words)).collect() })
     }
 
     fn into_args(self) -> Result<ServeArgs, UsageError> {
@@ -81,6 +97,20 @@ impl AttachCommand {
             process,
         })
     }
+}
+
+/// The words that `nbdbridge ublk` knows, too.
+fn of_ublk(words: &[OsString]) -> Vec<OsString> {
+    let mut words = words.iter();
+    let mut rest = Vec::new();
+    while let Some(word) = words.next() {
+        if word == "--door" {
+            words.next();
+        } else if word != "--foreground" && !word.as_encoded_bytes().starts_with(b"--door=") {
+            rest.push(word.clone());
+        }
+    }
+    rest
 }
 
 /// What to end.

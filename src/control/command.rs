@@ -104,7 +104,9 @@ async fn stats(servers: &Servers, export: Option<&str>, json: bool) -> Result<()
     };
     let mut all = Vec::new();
     for target in &targets {
-        match client::get::<Vec<ExportStats>>(&target.server.socket, &path("stats", *target)).await {
+        match client::get::<Vec<ExportStats>>(&target.server.socket, &path("stats", &target.export.name))
+            .await
+        {
             Ok(stats) => all.extend(stats.into_iter().map(|stats| (*target, stats))),
             // Among many, one may just have ended.
             Err(CallError::Gone) if export.is_none() => {}
@@ -146,7 +148,7 @@ fn stats_row(name: &str, count: &OperationCount) -> Vec<String> {
 }
 
 async fn throttle(target: Target<'_>, group: Option<&str>, wish: &LimitsWish, json: bool) -> Result<()> {
-    let (socket, mut path) = (&target.server.socket, path("throttle", target));
+    let (socket, mut path) = (&target.server.socket, path("throttle", &target.export.name));
     if let Some(group) = group {
         path.push_str("&group=");
         path.extend(form_urlencoded::byte_serialize(group.as_bytes()));
@@ -182,7 +184,7 @@ fn limits_text(throttle: &Throttle) -> String {
 }
 
 async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
-    let (socket, path) = (&target.server.socket, path("resize", target));
+    let (socket, path) = (&target.server.socket, path("resize", &target.export.name));
     let answer = client::send(socket, Method::POST, &path, &ResizeWish { size }).await;
     let resized: Resized = answer.map_err(|error| explain(target.server, error))?;
     if json {
@@ -196,9 +198,9 @@ async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
     print(&format!("{id} is {size} now (was {was}){seen}\n{fixed}"))
 }
 
-/// Where `target` is asked about `what`.
-fn path(what: &str, target: Target<'_>) -> String {
-    let name: String = form_urlencoded::byte_serialize(target.export.name.as_bytes()).collect();
+/// Where `export` is asked about `what`.
+pub(super) fn path(what: &str, export: &str) -> String {
+    let name: String = form_urlencoded::byte_serialize(export.as_bytes()).collect();
     format!("/v1/{what}?export={name}")
 }
 
@@ -221,11 +223,16 @@ fn complain(servers: &Servers) {
 }
 
 fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&(serde_json::to_string_pretty(value)? + "\n"))
+    print(&json_text(value)?)
+}
+
+/// JSON for programs, and for people who look at it.
+pub(crate) fn json_text(value: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 /// Writes to stdout; a reader that has enough (`| head`) is no failure.
-fn print(text: &str) -> Result<()> {
+pub(crate) fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
         _ => Ok(()),
@@ -233,7 +240,7 @@ fn print(text: &str) -> Result<()> {
 }
 
 /// Columns as wide as they must be, two blanks apart.
-fn table(rows: &[Vec<String>]) -> String {
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -249,7 +256,7 @@ fn table(rows: &[Vec<String>]) -> String {
 }
 
 /// A name that cannot play tricks with the terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 

@@ -22,7 +22,7 @@ use rustix::fs::{Mode, OFlags};
 const VARIABLE: &str = "NBDBRIDGE_RUNTIME_DIR";
 
 /// Where processes of this user have their sockets.
-pub(super) fn path() -> PathBuf {
+pub(crate) fn path() -> PathBuf {
     choose(rustix::process::geteuid().as_raw(), |name| {
         std::env::var_os(name).filter(|value| !value.is_empty())
     })

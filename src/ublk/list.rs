@@ -61,6 +61,15 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// The process that serves a device, and whether it is there: a dead one may have a successor soon. None where there is
+/// no such device any more.
+pub(crate) fn server(name: &str) -> Option<(u32, bool)> {
+    let id = control::parse_id(name).ok()?;
+    let info = Control::open().ok()?.info(id).ok()?;
+    let pid = u32::try_from(info.ublksrv_pid).unwrap_or(0);
+    Some((pid, info.state() == State::Live && is_alive(info.ublksrv_pid)))
+}
+
 /// What this kernel's driver can do, and what of it is used.
 ///
 /// # Errors

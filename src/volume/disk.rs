@@ -1,0 +1,123 @@
+//! A volume's disk as a file that nobody serves: how large it is, and larger.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use bridge::backend::file::FileOptions;
+use bridge::backend::image::{ImageFormat, describe, open_any};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use super::options::DiskFormat;
+use crate::assemble;
+use crate::size::human;
+
+/// The format by its name in `bridge`.
+fn image_format(format: DiskFormat) -> ImageFormat {
+    match format {
+        DiskFormat::Raw => ImageFormat::Raw,
+        DiskFormat::Qcow2 => ImageFormat::Qcow2,
+    }
+}
+
+/// The size of the disk in bytes. It may be served meanwhile.
+///
+/// # Errors
+/// One line: it cannot be read, or is no such image.
+pub(super) fn size(path: &Path, format: DiskFormat) -> Result<u64> {
+    let found = describe(path, Some(image_format(format)), false)?;
+    Ok(found.size.unwrap_or(found.length))
+}
+
+/// Makes the disk `size` bytes long, and that durable; a larger one stays as it is. Nobody serves it meanwhile.
+///
+/// # Errors
+/// One line: it is in use, there is no space.
+pub(super) fn grow(path: &Path, format: DiskFormat, size: u64) -> Result<()> {
+    let disk = open_any(path, Some(image_format(format)), FileOptions::default(), false)?;
+    let grown = assemble::apart(|| async {
+        if disk.geometry().size < size {
+            disk.grow(size).await?;
+        }
+        disk.flush().await
+    })?;
+    grown.with_context(|| format!("{}: cannot grow it", path.display()))
+}
+
+/// Takes the space of what a raw disk grows by, and makes it so long. Whoever serves it does not notice yet.
+///
+/// # Errors
+/// One line: there is no space; the disk keeps its size then.
+pub(super) fn reserve(path: &Path, size: u64) -> Result<()> {
+    let reserve = || -> io::Result<()> {
+        let file = File::options().write(true).open(path)?;
+        let now = file.metadata()?.len();
+        if now < size
+            && let Err(errno) = fallocate(&file, FallocateFlags::empty(), now, size - now)
+        {
+            // It may have come to a part of it.
+            file.set_len(now)?;
+            return Err(errno.into());
+        }
+        file.sync_all()
+    };
+    reserve().with_context(|| format!("{}: cannot reserve {}", path.display(), human(size)))
+}
+
+/// Takes all the space of a raw disk, makes it `size` bytes long, and that durable; no block stays shared where that can
+/// be.
+///
+/// # Errors
+/// One line: there is no space.
+pub(super) fn reserve_all(path: &Path, size: u64) -> Result<()> {
+    let reserve = || -> io::Result<()> {
+        let file = File::options().write(true).open(path)?;
+        fallocate(&file, FallocateFlags::empty(), 0, size)?;
+        match fallocate(&file, FallocateFlags::UNSHARE_RANGE, 0, size) {
+            Err(errno) if errno != Errno::OPNOTSUPP => return Err(errno.into()),
+            _ => {}
+        }
+        file.sync_all()
+    };
+    reserve().with_context(|| format!("{}: cannot reserve {}", path.display(), human(size)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use bridge::backend::image::{CreateOptions, create};
+
+    use super::*;
+
+    #[test]
+    fn both_formats_grow_and_none_shrinks() {
+        let folder = tempfile::tempdir().unwrap();
+        let (raw, qcow2) = (folder.path().join("disk.raw"), folder.path().join("disk.qcow2"));
+        std::fs::File::create(&raw).unwrap().set_len(1 << 20).unwrap();
+        let options = CreateOptions {
+            size: Some(1 << 20),
+            cluster_size: 65536,
+            backing: None,
+            backing_format: None,
+            any_backing: false,
+        };
+        create(&qcow2, &options).unwrap();
+        for (path, format) in [(&raw, DiskFormat::Raw), (&qcow2, DiskFormat::Qcow2)] {
+            assert_eq!(size(path, format).unwrap(), 1 << 20);
+            grow(path, format, 3 << 20).unwrap();
+            assert_eq!(size(path, format).unwrap(), 3 << 20);
+            grow(path, format, 2 << 20).unwrap();
+            assert_eq!(size(path, format).unwrap(), 3 << 20);
+        }
+        reserve(&raw, 4 << 20).unwrap();
+        reserve(&raw, 1 << 20).unwrap();
+        assert_eq!(size(&raw, DiskFormat::Raw).unwrap(), 4 << 20);
+        assert!(raw.metadata().unwrap().blocks() * 512 >= 1 << 20, "the space is not reserved");
+        assert!(size(&raw, DiskFormat::Qcow2).is_err());
+        assert!(grow(&folder.path().join("none"), DiskFormat::Raw, 1).is_err());
+    }
+}

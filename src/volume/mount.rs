@@ -1,0 +1,382 @@
+//! Mounting: from a volume's disk to a folder with files, and back. Each step is written down before the next, so that
+//! whoever comes after a crash goes on from there.
+//!
+//! ```text
+//!   up:    data plane (found again, or started) ─ check where it was not clean ─ "unclean" ─ mount ─ holder
+//!   down:  unmount ─ data plane ends, all is durable ─ "clean"
+//! ```
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+
+use super::filesystem::{Check, Verdict};
+use super::plane::{Life, Plane};
+use super::private;
+use super::runtime::State;
+use super::{Error, FsKind, Name, Pool, Progress, Result, Volume};
+use crate::fuse::{self, Mounted, Unmounted};
+
+/// So long is waited for others to let go of a device.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl Pool {
+    /// Mounts a volume for `holder`, or counts that holder once more. The path is that of the mounted folder; of the block
+    /// device, where the volume has no file system. [`Volume::BY_HAND`] is counted once.
+    ///
+    /// # Errors
+    /// One line; nothing is left mounted or attached then that was not before.
+    pub(crate) fn mount(&self, name: &Name, holder: &str, progress: &dyn Progress) -> Result<PathBuf> {
+        let mut volume = self.volume(name)?;
+        let mut state = volume.state();
+        let path = volume.bring_up(&mut state, progress)?;
+        state.hold(holder);
+        volume.save_state(&state)?;
+        Ok(path)
+    }
+
+    /// Takes one use of `holder`'s away, if he has any; without holders the volume is unmounted, and its data plane ends.
+    ///
+    /// # Errors
+    /// [`Error::InUse`]: a process has files open there; the holder keeps his use.
+    pub(crate) fn unmount(&self, name: &Name, holder: &str) -> Result<()> {
+        let mut volume = self.volume(name)?;
+        let mut state = volume.state();
+        let before = state.clone();
+        state.release(holder);
+        if state.holders.is_empty() {
+            return volume.take_down(&mut state, false);
+        }
+        if state == before { Ok(()) } else { volume.save_state(&state) }
+    }
+
+    /// Where a volume is mounted, if it is.
+    ///
+    /// # Errors
+    /// Not found.
+    #[allow(dead_code, reason = "for the plugin daemon")]
+    pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
+        if !self.path_of(name).is_dir() {
+            return Err(self.not_found(name));
+        }
+        Ok(self.state(name).mounted)
+    }
+}
+
+impl Volume<'_> {
+    /// Whoever mounts it by hand.
+    pub(crate) const BY_HAND: &'static str = "by hand";
+
+    /// Mounts the volume, where it is not.
+    fn bring_up(&mut self, state: &mut State, progress: &dyn Progress) -> Result<PathBuf> {
+        if let Some(path) = self.still_up(state)? {
+            return Ok(path);
+        }
+        if !self.record.formatted {
+            return Err(Error::Broken(format!(
+                "volume `{}` was never made to the end; remove it",
+                self.name
+            )));
+        }
+        let read_only = self.record.options.read_only;
+        if read_only && (self.record.unclean || self.record.grow_fs || self.record.shares_uuid) {
+            self.clean_up(state, progress)?;
+        }
+        let brought = self.attach(state, read_only, progress).and_then(|device| {
+            if self.record.fs == FsKind::None {
+                return Ok(device);
+            }
+            if !read_only {
+                if let Some(why) = self.prepare(&device, progress)? {
+                    tracing::warn!("volume `{}`: its file system does not grow yet: {why}", self.name);
+                }
+                self.record.unclean = true;
+                self.save()?;
+            }
+            let point = self.pool.runtime().mount_point(&self.name);
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&point)
+                .with_context(|| format!("{}: cannot make it", point.display()))?;
+            self.mount_at(&device, &point, read_only)?;
+            Ok(point)
+        });
+        match brought {
+            Ok(path) => {
+                state.mounted = Some(path.clone());
+                self.save_state(state)?;
+                Ok(path)
+            }
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = self.take_down(state, true);
+                Err(error)
+            }
+        }
+    }
+
+    /// Where it is mounted already. What is left of a dead data plane is cleared away.
+    fn still_up(&mut self, state: &mut State) -> Result<Option<PathBuf>> {
+        let Some(plane) = &mut state.plane else { return Ok(None) };
+        if plane.life() == Life::Dead {
+            tracing::warn!("volume `{}`: its data plane has died; starting another one", self.name);
+            let holders = std::mem::take(&mut state.holders);
+            self.take_down(state, true)?;
+            state.holders = holders;
+            return Ok(None);
+        }
+        if plane.follow() {
+            // It was taken over with what it was started with.
+            self.tell_limits(plane)?;
+            self.save_state(state)?;
+        }
+        let there = state.mounted.clone().filter(|path| self.is_mounted(state, path));
+        Ok(there)
+    }
+
+    /// Whether its device is mounted at this very path.
+    pub(super) fn is_mounted(&self, state: &State, path: &Path) -> bool {
+        let Some(plane) = &state.plane else { return false };
+        if self.record.fs == FsKind::None {
+            return path == plane.device;
+        }
+        let all = Mounted::at(path).unwrap_or_default();
+        all.last().is_some_and(|mounted| Path::new(&mounted.source) == plane.device)
+    }
+
+    /// Starts the data plane, where there is none; gives the device.
+    pub(super) fn attach(
+        &mut self,
+        state: &mut State,
+        read_only: bool,
+        progress: &dyn Progress,
+    ) -> Result<PathBuf> {
+        if state.plane.as_ref().is_some_and(|plane| plane.read_only != read_only) {
+            self.take_down(state, false)?;
+        }
+        if let Some(plane) = &state.plane {
+            return Ok(plane.device.clone());
+        }
+        let source = self.source()?;
+        let mut plane = None;
+        if state.starting {
+            // Whoever started it did not live to tell.
+            plane = self.find_plane(read_only)?;
+        }
+        if plane.is_none() {
+            progress.step("attaching");
+            state.starting = true;
+            self.save_state(state)?;
+            plane = Some(Plane::start(&self.name, &self.record, &source, read_only)?);
+        }
+        state.plane = plane;
+        state.starting = false;
+        self.save_state(state)?;
+        state.plane.as_ref().map(|plane| plane.device.clone()).context("no device").map_err(Error::from)
+    }
+
+    /// Unmounts and ends all that is there of the volume; `force` although it is in use.
+    ///
+    /// # Errors
+    /// [`Error::InUse`]: a process has files open there. Nothing has changed then.
+    pub(super) fn take_down(&mut self, state: &mut State, force: bool) -> Result<()> {
+        let mut clean = !force;
+        if self.record.fs != FsKind::None {
+            // It may be mounted, and that not be written down yet.
+            let path = state.mounted.clone().unwrap_or_else(|| self.pool.runtime().mount_point(&self.name));
+            while self.is_mounted(state, &path) {
+                let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
+                match fuse::unmount(&path, force || dead)? {
+                    Unmounted::Yes => {}
+                    Unmounted::Busy => {
+                        return Err(Error::InUse(format!(
+                            "volume `{}` is in use: a process has files open in {}",
+                            self.name,
+                            path.display()
+                        )));
+                    }
+                }
+            }
+            // At worst an empty folder stays.
+            let _ = fs::remove_dir(&path);
+        }
+        if state.plane.is_none() && state.starting {
+            state.plane = self.find_plane(false)?;
+        }
+        if let Some(plane) = &state.plane {
+            let dead = plane.life() == Life::Dead;
+            clean &= !dead;
+            if !force && !dead && self.record.fs != FsKind::None && stays_in_use(plane) {
+                // Somebody else's mount: whoever looks after it has ended it next.
+                tracing::warn!("volume `{}`: stays attached, {}", self.name, plane.describe_use());
+                state.mounted = None;
+                return self.save_state(state);
+            }
+            let stopped = plane.stop(force).map_err(|error| match plane.is_in_use() {
+                true => Error::InUse(format!("volume `{}` is in use: {error:#}", self.name)),
+                false => Error::Other(error),
+            });
+            stopped?;
+        }
+        state.detached();
+        self.save_state(state)?;
+        if clean && self.record.unclean {
+            self.record.unclean = false;
+            if let Err(error) = self.save() {
+                // At worst it is checked once more.
+                tracing::warn!("volume `{}`: {error}", self.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Mounts the device with the volume's options.
+    pub(super) fn mount_at(&self, device: &Path, point: &Path, read_only: bool) -> Result<()> {
+        let (mut flags, mut data) = split(&self.record.options.mount);
+        if read_only {
+            flags |= MountFlags::RDONLY;
+        }
+        if self.record.fs == FsKind::Xfs {
+            // Copies of a volume have its file system's id.
+            data.push("nouuid");
+        }
+        let data = CString::new(data.join(",")).context("mount options")?;
+        let fs = self.record.fs.to_string();
+        let mounted = rustix::mount::mount(device, point, fs.as_str(), flags, Some(data.as_c_str()));
+        mounted.map_err(|errno| self.explain(errno, &fs))
+    }
+
+    fn explain(&self, errno: Errno, fs: &str) -> Error {
+        let (name, options) = (&self.name, &self.record.options.mount);
+        match errno {
+            Errno::INVAL if !options.is_empty() => Error::Usage(format!(
+                "volume `{name}`: the kernel cannot mount it with mount-options={options}, or its {fs} is damaged \
+                 (nbdbridge volume fsck {name})"
+            )),
+            Errno::NODEV => Error::Other(anyhow!("volume `{name}`: this kernel has no {fs} (modprobe {fs})")),
+            errno => Error::Broken(format!(
+                "volume `{name}`: its {fs} cannot be mounted: {errno}; nbdbridge volume fsck {name} looks at it"
+            )),
+        }
+    }
+
+    /// All that a file system needs before it is mounted: a check where it was not clean, an identity of its own, and
+    /// the size of its disk; or why it does not have that yet.
+    pub(super) fn prepare(&mut self, device: &Path, progress: &dyn Progress) -> Result<Option<String>> {
+        self.check_before_mount(device, progress)?;
+        self.part_from_original(device)?;
+        self.grow_fs_before_mount(device, progress)
+    }
+
+    fn check_before_mount(&mut self, device: &Path, progress: &dyn Progress) -> Result<()> {
+        if !self.record.unclean {
+            return Ok(());
+        }
+        progress.step("checking the file system");
+        let verdict = self.record.fs.check(device, Check::Preen).map_err(|error| match error {
+            Error::Broken(line) => Error::Broken(format!(
+                "volume `{}` was not unmounted and is damaged: {line}; nbdbridge volume fsck {} --repair",
+                self.name, self.name
+            )),
+            other => other,
+        })?;
+        if verdict == Verdict::Repaired {
+            tracing::warn!("volume `{}`: was not unmounted; its file system was repaired", self.name);
+        }
+        Ok(())
+    }
+
+    /// Replays the log of a volume that is only read from now on.
+    pub(super) fn clean_up(&mut self, state: &mut State, progress: &dyn Progress) -> Result<()> {
+        let device = self.attach(state, false, progress)?;
+        let cleaned = self.prepare(&device, progress).and_then(|_| {
+            if self.record.fs == FsKind::None {
+                return Ok(());
+            }
+            private::mounted(self, &device, |_| Ok(()))
+        });
+        let down = self.take_down(state, false);
+        cleaned.and(down)
+    }
+
+    /// A data plane of this volume's that nothing is written down of.
+    fn find_plane(&self, read_only: bool) -> Result<Option<Plane>> {
+        // Of a remote disk, other volumes may have data planes, too.
+        let others = if self.disk().is_some() { Vec::new() } else { self.pool.runtime().devices() };
+        Ok(Plane::find(&self.source()?, read_only, &others))
+    }
+
+    /// What the data plane serves.
+    pub(super) fn source(&self) -> Result<OsString> {
+        match (self.disk(), &self.record.options.source) {
+            (Some(disk), _) => Ok(disk.into_os_string()),
+            (None, Some(uri)) => Ok(uri.into()),
+            (None, None) => Err(Error::Broken(format!("volume `{}` has neither disk nor source", self.name))),
+        }
+    }
+
+    /// Tells the data plane what the record says.
+    pub(super) fn tell_limits(&self, plane: &Plane) -> Result<()> {
+        let served =
+            plane.ask().with_context(|| format!("volume `{}`: its data plane does not answer", self.name))?;
+        served.set_limits(&self.record.limits)?;
+        Ok(())
+    }
+}
+
+/// Whether somebody else has it mounted, for longer than the moment that it takes to start a container, which has a copy
+/// of every mount at first.
+fn stays_in_use(plane: &Plane) -> bool {
+    let until = Instant::now() + PATIENCE;
+    while plane.is_in_use() {
+        if Instant::now() >= until {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+/// Mount options as the kernel takes them: some are flags, and the file system's own are text.
+fn split(options: &str) -> (MountFlags, Vec<&str>) {
+    let (mut flags, mut data) = (MountFlags::empty(), Vec::new());
+    for option in options.split(',').map(str::trim).filter(|option| !option.is_empty()) {
+        match option {
+            "defaults" | "rw" => {}
+            "ro" => flags |= MountFlags::RDONLY,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "nodev" => flags |= MountFlags::NODEV,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            "sync" => flags |= MountFlags::SYNCHRONOUS,
+            "dirsync" => flags |= MountFlags::DIRSYNC,
+            "noatime" => flags |= MountFlags::NOATIME,
+            "nodiratime" => flags |= MountFlags::NODIRATIME,
+            "relatime" => flags |= MountFlags::RELATIME,
+            "strictatime" => flags |= MountFlags::STRICTATIME,
+            "lazytime" => flags |= MountFlags::LAZYTIME,
+            other => data.push(other),
+        }
+    }
+    (flags, data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_and_text() {
+        assert_eq!(split(""), (MountFlags::empty(), vec![]));
+        assert_eq!(
+            split("noatime, discard,ro,,data=ordered,defaults"),
+            (MountFlags::NOATIME | MountFlags::RDONLY, vec!["discard", "data=ordered"])
+        );
+    }
+}

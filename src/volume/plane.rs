@@ -1,0 +1,305 @@
+//! Data planes: the process that serves a volume's disk as a block device, one for each volume in use. It is this
+//! program's own `attach`, in a session (and under systemd in a scope) of its own, so that it outlives whoever started
+//! it, and is found again by what it serves.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::options::DiskFormat;
+use super::{DoorChoice, Name, Provision, Record};
+use crate::attach::{backing_file, describe_use, in_use};
+use crate::attachment::{Attachment, started};
+use crate::cli::{DetachArgs, parse_source};
+use crate::control::{self, Served};
+use crate::{detach, ublk};
+
+/// A device that has just been unmounted may be looked at by others for a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A device, and the process that serves it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Plane {
+    pub(crate) device: PathBuf,
+    /// Nobody can write through it.
+    pub(crate) read_only: bool,
+    pid: u32,
+    /// In clock ticks, as process numbers are used again.
+    started: u64,
+}
+
+/// How a data plane is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Life {
+    Serves,
+    /// Its process has died, and requests wait for a successor.
+    Recovers,
+    /// Its process has died, and its requests fail.
+    Dead,
+}
+
+impl Plane {
+    /// Starts one for the volume `name`, whose disk is `source`.
+    ///
+    /// # Errors
+    /// What it says itself, in one line.
+    pub(super) fn start(name: &Name, record: &Record, source: &OsString, read_only: bool) -> Result<Self> {
+        let mut command = in_scope(name);
+        command.args(words(record, source, read_only)).current_dir("/").stdin(Stdio::null());
+        let output =
+            command.output().with_context(|| format!("{:?}: cannot be started", command.get_program()))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");
+            bail!("volume `{name}`: cannot be attached: {}", line.trim_start_matches("nbdbridge: "));
+        }
+        let said = String::from_utf8_lossy(&output.stdout);
+        let device = said.lines().find(|line| line.starts_with("/dev/"));
+        let device = device.with_context(|| format!("volume `{name}`: attach names no device"))?;
+        Plane::of(PathBuf::from(device), read_only)
+    }
+
+    /// Finds one that serves `source`, or is about to, and that no volume is known to have: whoever started it did not live
+    /// to tell.
+    pub(super) fn find(source: &OsString, read_only: bool, known: &[PathBuf]) -> Option<Self> {
+        let wanted = parse_source(source.clone()).ok()?.global();
+        let until = Instant::now() + PATIENCE;
+        loop {
+            // It may come up between the two looks.
+            let coming = is_attaching(source);
+            let mut served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
+            let device = served.find_map(|served| {
+                let devices = served.places.iter().map(PathBuf::from);
+                devices.into_iter().find(|place| place.starts_with("/dev") && !known.contains(place))
+            });
+            match device {
+                Some(device) => return Plane::of(device, read_only).ok(),
+                None if !coming || Instant::now() >= until => return None,
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    fn of(device: PathBuf, read_only: bool) -> Result<Self> {
+        let by_loop = || {
+            // A process that has just given the device up may still be there: the file tells whose it is.
+            let file = backing_file(&device);
+            let is_it = |attachment: &Attachment| {
+                attachment.device.as_deref() == Some(&device) && Some(&attachment.file) == file.as_ref()
+            };
+            let found = Attachment::all().into_iter().find(|(attachment, _)| is_it(attachment));
+            found.map(|(attachment, _)| attachment.pid)
+        };
+        let pid = match ublk_name(&device) {
+            Some(name) => ublk::server(name).map(|(pid, _)| pid),
+            None => by_loop(),
+        };
+        let pid = pid.with_context(|| format!("{}: its process has ended", device.display()))?;
+        Ok(Plane { started: started(pid).unwrap_or(0), device, read_only, pid })
+    }
+
+    /// How it is.
+    pub(crate) fn life(&self) -> Life {
+        match ublk_name(&self.device).map(ublk::server) {
+            Some(Some((_, true))) => Life::Serves,
+            Some(Some((_, false))) => Life::Recovers,
+            Some(None) => Life::Dead,
+            None if self.is_running() => Life::Serves,
+            None => Life::Dead,
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        started(self.pid).is_some_and(|since| since == self.started)
+    }
+
+    /// The door, for people.
+    pub(crate) fn door(&self) -> &'static str {
+        if ublk_name(&self.device).is_some() { "ublk" } else { "fuse and loop" }
+    }
+
+    /// What becomes of the volume when the process dies, for people.
+    pub(crate) fn guarantee(&self) -> &'static str {
+        if ublk_name(&self.device).is_some() {
+            "when its data plane dies another one takes over, and nothing is lost"
+        } else {
+            "when its data plane dies its users get I/O errors until it is mounted again; what was flushed is kept"
+        }
+    }
+
+    /// Notices another process in the place of the first. True where there is one.
+    pub(super) fn follow(&mut self) -> bool {
+        match ublk_name(&self.device).and_then(ublk::server) {
+            Some((pid, true)) if pid != self.pid => {
+                self.pid = pid;
+                self.started = started(pid).unwrap_or(0);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// What its control socket tells; None where it does not answer.
+    pub(crate) fn ask(&self) -> Option<Served> {
+        let here = |served: Vec<Served>| served.into_iter().find(|served| served.is_at(&self.device));
+        here(control::served_by(self.pid)).or_else(|| here(control::served().ok()?))
+    }
+
+    /// Whether somebody has the device for himself: it is mounted, in whatever namespace, or part of another device.
+    pub(crate) fn is_in_use(&self) -> bool {
+        // To open a device that waits for its process would be to wait, too.
+        self.life() == Life::Recovers || in_use(&self.device)
+    }
+
+    /// Words for that use.
+    pub(crate) fn describe_use(&self) -> String {
+        describe_use(&self.device)
+    }
+
+    /// Ends it: what was written is durable then. With `force` although it is in use, or dead.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn stop(&self, force: bool) -> Result<()> {
+        let force = force || self.life() == Life::Dead;
+        let args = DetachArgs { target: self.device.clone(), force };
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let Err(error) = detach::run(&args) else { return Ok(()) };
+            if self.is_gone() {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Nothing is left of it.
+    fn is_gone(&self) -> bool {
+        match ublk_name(&self.device) {
+            Some(name) => ublk::server(name).is_none(),
+            None => !self.is_running() && backing_file(&self.device).is_none(),
+        }
+    }
+}
+
+fn ublk_name(device: &Path) -> Option<&str> {
+    device.to_str().filter(|name| ublk::is_name(name))
+}
+
+/// Whether a process has been told to attach `source`.
+fn is_attaching(source: &OsString) -> bool {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.into_iter().any(|process| {
+        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0);
+        words.next_back() == Some(source.as_encoded_bytes()) && words.any(|word| word == b"attach")
+    })
+}
+
+/// The command line of the process.
+fn words(record: &Record, source: &OsString, read_only: bool) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["attach".into()];
+    let mut add = |word: &str| words.push(word.into());
+    add(match record.options.door {
+        DoorChoice::Auto => "--door=auto",
+        DoorChoice::Ublk => "--door=ublk",
+        DoorChoice::Fuse => "--door=fuse",
+    });
+    match record.format {
+        // What is in the first sector of a volume is its user's business.
+        Some(DiskFormat::Raw) => add("--format=raw"),
+        Some(DiskFormat::Qcow2) => add("--format=qcow2"),
+        None => {}
+    }
+    if record.options.provision == Provision::Thick {
+        add("--discard=ignore");
+    }
+    if record.limits.is_limited() {
+        add(&format!("--throttle={}", record.limits));
+    }
+    if read_only {
+        add("--read-only");
+    }
+    words.push("--".into());
+    words.push(source.clone());
+    words
+}
+
+/// This program, apart from whatever service asks for it.
+fn in_scope(name: &Name) -> Command {
+    let program = program();
+    // What systemd's own tools look at (sd_booted(3)), and root's way to it.
+    let has_systemd = Path::new("/run/systemd/system").is_dir() && Path::new("/run/systemd/private").exists();
+    if !has_systemd {
+        return Command::new(program);
+    }
+    let mut command = Command::new("systemd-run");
+    command.args(["--scope", "--quiet", "--collect", "--slice=nbdbridge-volumes.slice"]);
+    command.arg(format!("--description=nbdbridge volume {name}")).arg("--").arg(program);
+    command
+}
+
+/// Where this program is; where it has been replaced meanwhile, itself.
+fn program() -> PathBuf {
+    match std::env::current_exe() {
+        Ok(path) if path.exists() => path,
+        _ => PathBuf::from("/proc/self/exe"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::{FsKind, Options};
+
+    fn words_of(pairs: &[(&str, &str)], format: Option<DiskFormat>, read_only: bool) -> Vec<String> {
+        let options = Options::parse(pairs.iter().copied()).unwrap();
+        let record = Record::new(options, 1 << 30, FsKind::Ext4, format);
+        let words = words(&record, &OsString::from("/a b"), read_only);
+        words.into_iter().map(|word| word.into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_command_line_says_all_that_the_record_does() {
+        let plain = words_of(&[], Some(DiskFormat::Raw), false);
+        assert_eq!(plain, ["attach", "--door=auto", "--format=raw", "--", "/a b"]);
+        let pairs = [("door", "fuse"), ("provision", "thick"), ("iops-total", "7"), ("bps-read", "1M")];
+        let all = words_of(&pairs, Some(DiskFormat::Raw), true);
+        let limits = "--throttle=iops-total=7,bps-read=1048576";
+        let expected = [
+            "attach",
+            "--door=fuse",
+            "--format=raw",
+            "--discard=ignore",
+            limits,
+            "--read-only",
+            "--",
+            "/a b",
+        ];
+        assert_eq!(all, expected);
+        let remote = words_of(&[("source", "nbd://h/x"), ("door", "ublk")], None, false);
+        assert_eq!(remote, ["attach", "--door=ublk", "--", "/a b"]);
+    }
+
+    #[test]
+    fn a_process_that_attaches_is_seen() {
+        let source = OsString::from("/such a disk.raw");
+        let mut command = Command::new("sh");
+        command.args(["-c", "read line", "attach"]).arg(&source).stdin(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let until = Instant::now() + PATIENCE;
+        while !is_attaching(&source) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(is_attaching(&source) && !is_attaching(&OsString::from("/such a disk")));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

@@ -1,0 +1,51 @@
+//! A mount that nobody else sees, for a moment: in a mount namespace of a thread of our own. However this process ends,
+//! it goes with it.
+//! A leaf file: the only `unsafe` is unshare(2).
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use anyhow::{Context, anyhow};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+
+use super::{Result, Volume};
+
+/// Mounts the volume's device, does something in its root folder, and unmounts it again: all of it is durable then.
+///
+/// # Errors
+/// The mount's, and what `work` gives.
+pub(super) fn mounted(
+    volume: &Volume<'_>,
+    device: &Path,
+    work: impl FnOnce(&Path) -> Result<()> + Send,
+) -> Result<()> {
+    let point = volume.pool.runtime().private_point();
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&point)
+        .with_context(|| format!("{}: cannot make it", point.display()))?;
+    let run = || {
+        leave().context("no mount namespace of its own")?;
+        volume.mount_at(device, &point, false)?;
+        let worked = work(&point);
+        let unmounted = unmount(&point, UnmountFlags::NOFOLLOW);
+        unmounted.with_context(|| format!("{}: cannot unmount it", point.display()))?;
+        worked
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(run).join().unwrap_or_else(|_| Err(anyhow!("a thread ended without its result").into()))
+    })
+}
+
+/// Gives this thread mounts of its own; what is unmounted elsewhere goes here, too.
+fn leave() -> io::Result<()> {
+    // SAFETY: no memory is passed; what the thread shared with others (the present folder) is its own from now on.
+    if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
+}

@@ -1,0 +1,150 @@
+//! What is attached and mounted now: a small file for each volume in use, below /run (or `NBDBRIDGE_RUNTIME_DIR`), in a
+//! folder of its pool. After a reboot what they say is void: each has the boot's id.
+//!
+//! ```text
+//!   /run/nbdbridge/volumes/<pool: device and inode of its folder>/<name>/        where it is mounted
+//!                                                                 .state/<name>  this file
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use super::plane::Plane;
+use super::{Name, Result, Volume, durable};
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Where the files of one pool are.
+#[derive(Debug)]
+pub(super) struct Runtime {
+    folder: PathBuf,
+    mount_root: PathBuf,
+    boot_id: String,
+}
+
+/// What is attached and mounted of a volume.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct State {
+    boot_id: String,
+    /// The process that serves it, and the device it serves.
+    pub(crate) plane: Option<Plane>,
+    /// One was about to be started: there may be one that is not known here.
+    pub(crate) starting: bool,
+    /// Where it is mounted.
+    pub(crate) mounted: Option<PathBuf>,
+    /// Who uses it, and how often each asked.
+    pub(crate) holders: BTreeMap<String, u32>,
+}
+
+impl State {
+    /// Nothing is attached, and nobody holds it.
+    pub(super) fn is_nothing(&self) -> bool {
+        *self == State { boot_id: self.boot_id.clone(), ..State::default() }
+    }
+
+    /// All that was attached is gone; who held it still wants to say that he does not any more.
+    pub(super) fn detached(&mut self) {
+        self.plane = None;
+        self.starting = false;
+        self.mounted = None;
+    }
+
+    /// Counts one more use. By hand there is one.
+    pub(crate) fn hold(&mut self, holder: &str) {
+        let count = self.holders.entry(holder.to_owned()).or_insert(0);
+        *count = if holder == Volume::BY_HAND { 1 } else { count.saturating_add(1) };
+    }
+
+    /// Counts one less; one that is not there is no error.
+    pub(crate) fn release(&mut self, holder: &str) {
+        if let Some(count) = self.holders.get_mut(holder) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.holders.remove(holder);
+            }
+        }
+    }
+}
+
+impl Runtime {
+    /// For the pool whose folder this is the metadata of.
+    pub(super) fn new(pool: &Metadata) -> Result<Self> {
+        let folder = crate::control::runtime_folder().join("volumes").join(format!(
+            "{:x}-{:x}",
+            pool.dev(),
+            pool.ino()
+        ));
+        let boot_id = fs::read_to_string(BOOT_ID).with_context(|| format!("{BOOT_ID}: cannot read it"))?;
+        Ok(Runtime { mount_root: folder.clone(), folder, boot_id: boot_id.trim().to_owned() })
+    }
+
+    pub(super) fn set_mount_root(&mut self, folder: PathBuf) {
+        self.mount_root = folder;
+    }
+
+    /// Where a volume is mounted that is not mounted yet.
+    pub(super) fn mount_point(&self, name: &Name) -> PathBuf {
+        self.mount_root.join(name)
+    }
+
+    /// What is known of a volume; nothing where it is not in use.
+    pub(super) fn read(&self, name: &Name) -> State {
+        let bytes = durable::read(&self.states().join(name));
+        let state = bytes.ok().and_then(|bytes| serde_json::from_slice::<State>(&bytes).ok());
+        state.filter(|state| state.boot_id == self.boot_id).unwrap_or_default()
+    }
+
+    /// Writes it down; readers see the old or the new. A state of nothing has no file. The volume's lock is the caller's.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn write(&self, name: &Name, state: &State) -> Result<()> {
+        let folder = self.states();
+        let path = folder.join(name);
+        let state = State { boot_id: self.boot_id.clone(), ..state.clone() };
+        let write = || -> io::Result<()> {
+            if state.is_nothing() {
+                return match fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                    _ => Ok(()),
+                };
+            }
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+            // A folder of its own, as a name can be as long as a file's may be.
+            let half = self.folder.join(".half");
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&half)?;
+            fs::write(half.join(name), serde_json::to_vec(&state)?)?;
+            fs::rename(half.join(name), &path)
+        };
+        write().with_context(|| format!("{}: cannot write what is in use", path.display()))?;
+        Ok(())
+    }
+
+    /// Where mounts are made that nobody else sees.
+    pub(super) fn private_point(&self) -> PathBuf {
+        self.folder.join(".private")
+    }
+
+    /// The names of all volumes that something is known of.
+    pub(super) fn names(&self) -> Vec<Name> {
+        let files = fs::read_dir(self.states()).into_iter().flatten().flatten();
+        files.filter_map(|file| file.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    /// The devices that are known to be a volume's.
+    pub(super) fn devices(&self) -> Vec<PathBuf> {
+        let states = self.names().into_iter().map(|name| self.read(&name));
+        states.filter_map(|state| Some(state.plane?.device)).collect()
+    }
+
+    fn states(&self) -> PathBuf {
+        self.folder.join(".state")
+    }
+}

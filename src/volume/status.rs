@@ -1,0 +1,136 @@
+//! What a person or an engine is told of a volume.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::options::DiskFormat;
+use super::plane::Life;
+use super::runtime::State;
+use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
+
+/// A volume, as `inspect` shows it and Docker's `Get`.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Status {
+    pub(crate) name: Name,
+    pub(crate) health: Health,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    /// In bytes.
+    pub(crate) size: u64,
+    /// What its disk takes of the pool, in bytes.
+    pub(crate) allocated: u64,
+    pub(crate) fs: FsKind,
+    /// None where the disk is a remote one.
+    pub(crate) format: Option<DiskFormat>,
+    /// Of the mounted file system.
+    pub(crate) usage: Option<Usage>,
+    /// The door it is served through now; None while it is not in use.
+    pub(crate) door: Option<&'static str>,
+    /// What becomes of it when its data plane dies.
+    pub(crate) guarantee: Option<&'static str>,
+    pub(crate) device: Option<PathBuf>,
+    pub(crate) mounted: Option<PathBuf>,
+    /// Who uses it, and how often each asked.
+    pub(crate) holders: BTreeMap<String, u32>,
+    pub(crate) limits: BTreeMap<String, u64>,
+    pub(crate) parent: Option<Origin>,
+    /// The oldest first.
+    pub(crate) snapshots: Vec<Snapshot>,
+    /// As it was made.
+    pub(crate) options: Options,
+}
+
+impl Pool {
+    /// What is known of a volume. Takes no locks.
+    ///
+    /// # Errors
+    /// Not found, broken.
+    pub(crate) fn status(&self, name: &Name) -> Result<Status> {
+        let folder = self.path_of(name);
+        if !folder.is_dir() {
+            return Err(self.not_found(name));
+        }
+        let record = Record::read(&folder, name)?;
+        let state = self.state(name);
+        let plane = state.plane.as_ref();
+        let health = health(&record, &state);
+        let of_fs = state.mounted.as_deref().filter(|_| record.fs != FsKind::None && health.is_served());
+        Ok(Status {
+            name: name.clone(),
+            created: record.created,
+            size: record.size,
+            allocated: record.disk_name().map_or(0, |disk| allocated(&folder.join(disk))),
+            fs: record.fs,
+            format: record.format,
+            usage: of_fs.and_then(usage),
+            door: plane.map(|plane| plane.door()),
+            guarantee: plane.map(|plane| plane.guarantee()),
+            device: plane.map(|plane| plane.device.clone()),
+            mounted: state.mounted.clone(),
+            holders: state.holders.clone(),
+            limits: record.limits.settings().into_iter().collect(),
+            parent: record.parent,
+            snapshots: self.snapshots(name)?,
+            options: record.options,
+            health,
+        })
+    }
+}
+
+impl Health {
+    /// A look at its files does not wait for ever.
+    fn is_served(&self) -> bool {
+        matches!(self, Health::Ok)
+    }
+}
+
+fn health(record: &Record, state: &State) -> Health {
+    let life = state.plane.as_ref().map(|plane| plane.life());
+    let bad = |line: &str| Health::Bad(line.to_owned());
+    match (life, &record.pending) {
+        (_, Some(pending)) => Health::Bad(pending.to_string()),
+        (Some(Life::Dead), _) => {
+            bad("its data plane has died, and its users get I/O errors; end them and mount it again")
+        }
+        (Some(Life::Recovers), _) => bad("its data plane has died, and another one is about to take over"),
+        (Some(Life::Serves), _) => Health::Ok,
+        (None, _) if record.unclean => bad("was not unmounted; it is checked before it is mounted next"),
+        (None, _) => Health::Ok,
+    }
+}
+
+/// Bytes that a file takes.
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |found| found.blocks() * 512)
+}
+
+fn usage(path: &Path) -> Option<Usage> {
+    let found = rustix::fs::statvfs(path).ok()?;
+    let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+    Some(Usage {
+        total: bytes(found.f_blocks),
+        used: bytes(found.f_blocks.saturating_sub(found.f_bfree)),
+        available: bytes(found.f_bavail),
+    })
+}
+
+/// Bytes of a mounted file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    pub(crate) total: u64,
+    pub(crate) used: u64,
+    pub(crate) available: u64,
+}
+
+/// Whether a volume is well.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Health {
+    Ok,
+    /// What is wrong, and the way out.
+    Bad(String),
+}
