@@ -20,6 +20,7 @@ mod create;
 mod durable;
 mod error;
 mod filesystem;
+mod holders;
 mod limit;
 mod mount;
 mod name;
