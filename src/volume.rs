@@ -17,6 +17,7 @@
 
 pub(crate) mod command;
 mod create;
+mod docker;
 mod durable;
 mod error;
 mod filesystem;
@@ -30,12 +31,14 @@ mod pool;
 mod private;
 mod progress;
 mod record;
+mod recover;
 mod remove;
 mod runtime;
 mod space;
 mod status;
 
 pub(crate) use create::Created;
+pub(crate) use docker::{DaemonArgs, run as run_daemon};
 pub(crate) use error::{Error, Result};
 pub(crate) use filesystem::Verdict;
 pub(crate) use name::{Name, Origin};

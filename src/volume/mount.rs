@@ -74,7 +74,6 @@ impl Pool {
     ///
     /// # Errors
     /// Not found.
-    #[allow(dead_code, reason = "for the plugin daemon")]
     pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
         if !self.path_of(name).is_dir() {
             return Err(self.not_found(name));
