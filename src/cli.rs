@@ -25,6 +25,7 @@ mod source;
 mod ublk;
 mod values;
 mod volume;
+mod volumed;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -86,6 +87,13 @@ pub(crate) enum Action {
         point: PathBuf,
         /// The longest time.
         limit: Duration,
+    },
+    /// `nbdbridge volumed`: serve volumes to container engines.
+    Volumed {
+        /// How often `-v` was given.
+        verbose: u8,
+        /// What it is to be.
+        args: crate::volume::DaemonArgs,
     },
     /// `nbdbridge completions`: print a completion script.
     Completions(clap_complete::Shell),
@@ -210,6 +218,8 @@ enum Words {
     Throttle(ask::ThrottleCommand),
     /// Make an export larger while it is being served
     Resize(ask::ResizeCommand),
+    /// Serve volumes to Docker and podman, as a volume plugin
+    Volumed(volumed::VolumedCommand),
     /// Measure an NBD server
     Bench(Box<bench::BenchCommand>),
     /// Make and use container volumes: disks with a file system, in a pool
@@ -256,6 +266,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
         Words::Stats(flags) => Ok(Action::Ask(flags.into_action())),
         Words::Throttle(flags) => flags.into_action().map(Action::Ask).map_err(|error| report(&error.into())),
         Words::Resize(flags) => Ok(Action::Ask(flags.into_action())),
+        Words::Volumed(flags) => Ok(Action::Volumed { verbose: flags.verbose(), args: flags.into_args() }),
         Words::Bench(flags) => match flags.into_args() {
             Ok(args) => Ok(Action::Bench(Box::new(args))),
             Err(error) => Err(report(&error.into())),

@@ -30,9 +30,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bridge::Export;
 use bridge::worker::Workers;
 
-pub(crate) use folder::path as runtime_folder;
+pub(crate) use folder::{listen, path as runtime_folder};
 pub(crate) use query::{Served, served, served_by};
-pub(crate) use server::Control;
+pub(crate) use server::{Control, is_welcome};
 use wire::ResizeWish;
 pub(crate) use wire::{Client, ClientReport, Place};
 

@@ -56,6 +56,10 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Detach(args) => detach::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Create(args) => cli::create::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Ask(action) => control::command::run(&action).map(|()| ExitCode::SUCCESS),
+        Action::Volumed { verbose, args } => {
+            cli::logging::init(verbose)?;
+            volume::run_daemon(&args)
+        }
         Action::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Action::Volume(action) => {
             cli::logging::init(0)?;

@@ -59,18 +59,7 @@ impl OwnSocket {
         if let Err(error) = std::fs::metadata(&path).and_then(|_| UnixStream::connect(&path))
             && (is_nobody_there(&error) || error.kind() == io::ErrorKind::NotFound)
         {
-            // It has its name and mode only when it listens: whoever finds a socket that nobody answers removes it.
-            let new = folder.join(format!(".{pid}.new"));
-            let _ = std::fs::remove_file(&new);
-            let listener = UnixListener::bind(&new).with_context(cannot)?;
-            let named = std::fs::set_permissions(&new, PermissionsExt::from_mode(0o600))
-                .and_then(|()| listener.set_nonblocking(true))
-                .and_then(|()| std::fs::rename(&new, &path));
-            if named.is_err() {
-                // The first error is the one to tell.
-                let _ = std::fs::remove_file(&new);
-            }
-            named.with_context(cannot)?;
+            let listener = listen(&folder.join(format!(".{pid}.new")), &path).with_context(cannot)?;
             return Ok((listener, OwnSocket { path }));
         }
         bail!("{}: another process listens there; set {VARIABLE} to a folder of your own", path.display())
@@ -79,6 +68,25 @@ impl OwnSocket {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Listens at `path`, for the owner alone. It has this name only when it has its mode and listens, and is called `new`
+/// until then: whoever finds a socket that nobody answers removes it.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn listen(new: &Path, path: &Path) -> io::Result<UnixListener> {
+    // What another process of our number has left there.
+    let _ = std::fs::remove_file(new);
+    let listener = UnixListener::bind(new)?;
+    let named = std::fs::set_permissions(new, PermissionsExt::from_mode(0o600))
+        .and_then(|()| listener.set_nonblocking(true))
+        .and_then(|()| std::fs::rename(new, path));
+    if named.is_err() {
+        // The first error is the one to tell.
+        let _ = std::fs::remove_file(new);
+    }
+    named.map(|()| listener)
 }
 
 impl Drop for OwnSocket {

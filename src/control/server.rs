@@ -111,7 +111,7 @@ async fn accept(listener: UnixListener, router: Router) {
 }
 
 /// Whether the client is our user or root, whatever became of the socket's mode.
-fn is_welcome(stream: &UnixStream) -> bool {
+pub(crate) fn is_welcome(stream: &UnixStream) -> bool {
     let uid = stream.peer_cred().map(|cred| cred.uid());
     uid.is_ok_and(|uid| uid == 0 || uid == rustix::process::geteuid().as_raw())
 }

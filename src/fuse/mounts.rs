@@ -11,6 +11,15 @@ pub(crate) const DOOR_TYPE: &str = "fuse.nbdbridge";
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mounted {
+    /// Its number, and that of the mount that it is in.
+    pub(crate) id: u64,
+    pub(crate) parent: u64,
+    /// What of the file system is mounted, as in `/`.
+    pub(crate) root: PathBuf,
+    /// The group of mounts that see what is mounted in this one, and it in them.
+    pub(crate) shared: Option<u64>,
+    /// Groups that it only sees.
+    pub(crate) masters: Vec<u64>,
     /// The device number, as in `0:52`.
     pub(crate) device: String,
     /// Where it is.
@@ -27,7 +36,15 @@ impl Mounted {
     /// # Errors
     /// That of reading /proc.
     pub(crate) fn all() -> io::Result<Vec<Mounted>> {
-        let text = std::fs::read("/proc/self/mountinfo")?;
+        Mounted::seen_by(Path::new("/proc/self"))
+    }
+
+    /// All mounts that the process of this folder in /proc sees.
+    ///
+    /// # Errors
+    /// That of reading /proc; the process may be gone.
+    pub(crate) fn seen_by(process: &Path) -> io::Result<Vec<Mounted>> {
+        let text = std::fs::read(process.join("mountinfo"))?;
         Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
     }
 
@@ -54,12 +71,25 @@ impl Mounted {
 
 /// `36 35 0:52 / /mnt rw,noatime shared:1 - fuse.nbdbridge disk.img rw`: the optional fields end with a `-`.
 fn parse(line: &[u8]) -> Option<Mounted> {
+    let text = |field: &[u8]| String::from_utf8(field.to_vec()).ok();
     let mut fields = line.split(|byte| *byte == b' ');
-    let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
-    let point = PathBuf::from(unescape(fields.nth(1)?));
-    let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
-    let kind = unescape(rest.next()?).into_string().ok()?;
-    Some(Mounted { device, point, kind, source: unescape(rest.next()?) })
+    let id = text(fields.next()?)?.parse().ok()?;
+    let parent = text(fields.next()?)?.parse().ok()?;
+    let device = text(fields.next()?)?;
+    let root = PathBuf::from(unescape(fields.next()?));
+    let point = PathBuf::from(unescape(fields.next()?));
+    let (mut shared, mut masters) = (None, Vec::new());
+    for field in fields.by_ref().skip(1).take_while(|field| *field != b"-") {
+        let field = text(field)?;
+        match field.split_once(':') {
+            Some(("shared", group)) => shared = group.parse().ok(),
+            Some(("master" | "propagate_from", group)) => masters.extend(group.parse::<u64>()),
+            _ => {}
+        }
+    }
+    let kind = unescape(fields.next()?).into_string().ok()?;
+    let source = unescape(fields.next()?);
+    Some(Mounted { id, parent, root, shared, masters, device, point, kind, source })
 }
 
 /// Blanks and the like are written as `\040`.
@@ -100,6 +130,8 @@ mod tests {
         assert_eq!(mounted.point, Path::new(r"/tmp/a b\c"));
         assert_eq!(mounted.source, "disk ä.img");
         assert!(mounted.is_ours() && mounted.is_fuse());
+        assert_eq!((mounted.id, mounted.parent, mounted.root.as_path()), (61, 28, Path::new("/")));
+        assert_eq!((mounted.shared, mounted.masters), (Some(5), vec![1]));
         let plain = parse(b"28 1 254:0 / / rw - ext4 /dev/root rw").unwrap();
         assert_eq!((plain.kind.as_str(), plain.is_fuse()), ("ext4", false));
         assert_eq!(parse(b""), None);

@@ -20,7 +20,7 @@ use super::filesystem::{Check, Verdict};
 use super::plane::{Life, Plane};
 use super::private;
 use super::runtime::State;
-use super::{Error, FsKind, Name, Pool, Progress, Result, Volume};
+use super::{Error, FsKind, Name, Pool, Progress, Result, Volume, holders};
 use crate::fuse::{self, Mounted, Unmounted};
 
 /// So long is waited for others to let go of a device.
@@ -35,6 +35,7 @@ impl Pool {
     pub(crate) fn mount(&self, name: &Name, holder: &str, progress: &dyn Progress) -> Result<PathBuf> {
         let mut volume = self.volume(name)?;
         let mut state = volume.state();
+        holders::admit(&state.holders, holder)?;
         let path = volume.bring_up(&mut state, progress)?;
         state.hold(holder);
         volume.save_state(&state)?;
@@ -53,6 +54,19 @@ impl Pool {
         if state.holders.is_empty() {
             return volume.take_down(&mut state, false);
         }
+        if volume.is_stale(&state) {
+            let left = std::mem::take(&mut state.holders);
+            match volume.take_down(&mut state, false) {
+                Err(Error::InUse(_)) => state.holders = left,
+                other => {
+                    tracing::warn!(
+                        "volume `{name}`: nobody has it mounted whom {} uses are counted for",
+                        left.len()
+                    );
+                    return other;
+                }
+            }
+        }
         if state == before { Ok(()) } else { volume.save_state(&state) }
     }
 
@@ -60,7 +74,6 @@ impl Pool {
     ///
     /// # Errors
     /// Not found.
-    #[allow(dead_code, reason = "for the plugin daemon")]
     pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
         if !self.path_of(name).is_dir() {
             return Err(self.not_found(name));

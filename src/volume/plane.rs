@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::DiskFormat;
 use super::{DoorChoice, Name, Provision, Record};
-use crate::attach::{backing_file, describe_use, in_use};
+use crate::attach::{backing_file, describe_use, detach_loop, in_use};
 use crate::attachment::{Attachment, started};
 use crate::cli::{DetachArgs, parse_source};
 use crate::control::{self, Served};
@@ -50,17 +50,22 @@ impl Plane {
     pub(super) fn start(name: &Name, record: &Record, source: &OsString, read_only: bool) -> Result<Self> {
         let mut command = in_scope(name);
         command.args(words(record, source, read_only)).current_dir("/").stdin(Stdio::null());
-        let output =
-            command.output().with_context(|| format!("{:?}: cannot be started", command.get_program()))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");
-            bail!("volume `{name}`: cannot be attached: {}", line.trim_start_matches("nbdbridge: "));
-        }
-        let said = String::from_utf8_lossy(&output.stdout);
+        let said = launch(&mut command, name, "attached")?;
         let device = said.lines().find(|line| line.starts_with("/dev/"));
         let device = device.with_context(|| format!("volume `{name}`: attach names no device"))?;
         Plane::of(PathBuf::from(device), read_only)
+    }
+
+    /// Starts a successor for one whose process has died, and that of its supervisor.
+    ///
+    /// # Errors
+    /// What it says itself, in one line.
+    pub(super) fn recover(&self, name: &Name) -> Result<()> {
+        let id = ublk_name(&self.device).and_then(|device| device.strip_prefix("/dev/ublkb"));
+        let id = id.with_context(|| format!("{}: cannot be recovered", self.device.display()))?;
+        let mut command = in_scope(name);
+        command.args(["ublk", "--fork", "--recover", id]).current_dir("/").stdin(Stdio::null());
+        launch(&mut command, name, "recovered").map(drop)
     }
 
     /// Finds one that serves `source`, or is about to, and that no volume is known to have: whoever started it did not live
@@ -170,7 +175,7 @@ impl Plane {
         let until = Instant::now() + PATIENCE;
         loop {
             let Err(error) = detach::run(&args) else { return Ok(()) };
-            if self.is_gone() {
+            if self.is_gone() || self.is_left() && detach_loop(&self.device).is_ok() {
                 return Ok(());
             }
             if Instant::now() >= until {
@@ -178,6 +183,12 @@ impl Plane {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Its process has died, and so has the mount namespace that its file was in, as a container's does: nobody knows
+    /// the file by a name any more.
+    fn is_left(&self) -> bool {
+        self.life() == Life::Dead && backing_file(&self.device).is_some_and(|file| file == Path::new("/"))
     }
 
     /// Nothing is left of it.
@@ -230,6 +241,18 @@ fn words(record: &Record, source: &OsString, read_only: bool) -> Vec<OsString> {
     words.push("--".into());
     words.push(source.clone());
     words
+}
+
+/// Starts a data plane, and gives what it said when it served.
+fn launch(command: &mut Command, name: &Name, what: &str) -> Result<String> {
+    let output =
+        command.output().with_context(|| format!("{:?}: cannot be started", command.get_program()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");
+        bail!("volume `{name}`: cannot be {what}: {}", line.trim_start_matches("nbdbridge: "));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// This program, apart from whatever service asks for it.

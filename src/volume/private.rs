@@ -7,11 +7,16 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
 use super::{Result, Volume};
+
+/// So long is waited for others to close files that they never asked for.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Mounts the volume's device, does something in its root folder, and unmounts it again: all of it is durable then.
 ///
@@ -32,13 +37,25 @@ pub(super) fn mounted(
         leave().context("no mount namespace of its own")?;
         volume.mount_at(device, &point, false)?;
         let worked = work(&point);
-        let unmounted = unmount(&point, UnmountFlags::NOFOLLOW);
+        let unmounted = unmount_soon(&point);
         unmounted.with_context(|| format!("{}: cannot unmount it", point.display()))?;
         worked
     };
     std::thread::scope(|scope| {
         scope.spawn(run).join().unwrap_or_else(|_| Err(anyhow!("a thread ended without its result").into()))
     })
+}
+
+/// Unmounts, as soon as it can be done: between fork and exec, a child of another thread has all files open that we had
+/// open then.
+fn unmount_soon(point: &Path) -> rustix::io::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match unmount(point, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) if Instant::now() < until => std::thread::sleep(Duration::from_millis(2)),
+            other => return other,
+        }
+    }
 }
 
 /// Gives this thread mounts of its own; what is unmounted elsewhere goes here, too.

@@ -10,7 +10,6 @@ pub(crate) trait Progress: Sync {
 }
 
 /// Nobody.
-#[allow(dead_code, reason = "for the plugin daemon, which shows nobody anything")]
 pub(crate) struct Silent;
 
 impl Progress for Silent {

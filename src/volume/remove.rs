@@ -29,22 +29,12 @@ impl Pool {
             other => other?,
         };
         let mut state = volume.state();
-        let in_use = |why: &str| Error::InUse(format!("volume `{name}` is in use: {why}; end that first"));
-        if !force && !state.holders.is_empty() {
-            return Err(in_use(&describe(&state)));
-        }
-        if !force
-            && state.mounted.is_none()
-            && let Some(plane) = &state.plane
-            && plane.is_in_use()
-        {
-            return Err(in_use(&plane.describe_use()));
+        if !force {
+            volume.refuse_if_used(&state)?;
         }
         state.holders.clear();
         volume.take_down(&mut state, force)?;
-        if let Some(plane) = &state.plane {
-            return Err(in_use(&plane.describe_use()));
-        }
+        volume.refuse_if_used(&state)?;
         volume.bury()
     }
 

@@ -16,7 +16,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use super::plane::Plane;
-use super::{Name, Result, Volume, durable};
+use super::{Name, Result, Volume, durable, holders};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -41,12 +41,14 @@ pub(crate) struct State {
     pub(crate) mounted: Option<PathBuf>,
     /// Who uses it, and how often each asked.
     pub(crate) holders: BTreeMap<String, u32>,
+    /// When the last one came, in seconds since the boot.
+    pub(crate) held_at: u64,
 }
 
 impl State {
     /// Nothing is attached, and nobody holds it.
     pub(super) fn is_nothing(&self) -> bool {
-        *self == State { boot_id: self.boot_id.clone(), ..State::default() }
+        *self == State { boot_id: self.boot_id.clone(), held_at: self.held_at, ..State::default() }
     }
 
     /// All that was attached is gone; who held it still wants to say that he does not any more.
@@ -59,6 +61,7 @@ impl State {
     /// Counts one more use. By hand there is one.
     pub(crate) fn hold(&mut self, holder: &str) {
         let count = self.holders.entry(holder.to_owned()).or_insert(0);
+        self.held_at = holders::now();
         *count = if holder == Volume::BY_HAND { 1 } else { count.saturating_add(1) };
     }
 

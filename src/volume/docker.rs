@@ -1,0 +1,97 @@
+//! `nbdbridge volumed`: the volumes of a pool for Docker and podman, by the Docker volume plugin protocol, version 1.
+//!
+//! ```text
+//!   dockerd, podman ── HTTP over a Unix socket
+//!      │
+//!   server   a connection for each request; who is slow or sends garbage hinders nobody
+//!   routes   requests and answers (wire), errors as status 500
+//!   work     one thing at a time for a volume, on threads that may block; takes back what nobody waited for
+//!      │
+//!   Pool
+//! ```
+//!
+//! Nothing is remembered here: a daemon that is killed and started again knows what the pool and the kernel know. What
+//! serves the volumes are processes of their own, which it neither ends nor takes with it.
+
+mod listen;
+mod routes;
+mod server;
+mod wire;
+mod work;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Pool;
+use crate::systemd;
+use listen::Door;
+use work::Work;
+
+/// What the daemon was asked to be.
+#[derive(Debug)]
+pub(crate) struct DaemonArgs {
+    /// The pool's folder; made, where it is missing.
+    pub(crate) pool: PathBuf,
+    /// The socket, where systemd passes none.
+    pub(crate) socket: PathBuf,
+    /// Where volumes are mounted; None for below /run.
+    pub(crate) mount_root: Option<PathBuf>,
+}
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// One line: the pool or the socket.
+pub(crate) fn run(args: &DaemonArgs) -> Result<ExitCode> {
+    let passed = systemd::take_sockets()?;
+    Pool::make(&args.pool, false)?;
+    let mut pool = Pool::open(&args.pool)?;
+    if let Some(folder) = &args.mount_root {
+        pool.set_mount_root(folder)?;
+    }
+    let door = Door::open(&args.socket, passed)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let result = runtime.block_on(serve(pool, door));
+    // What still runs is cut short as by a crash, which volumes survive.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(pool: Pool, door: Door) -> Result<()> {
+    let handle = |kind| signal(kind).context("cannot handle signals");
+    let (mut term, mut int) = (handle(SignalKind::terminate())?, handle(SignalKind::interrupt())?);
+    let mut hup = handle(SignalKind::hangup())?;
+    let path = door.path().to_owned();
+    let (listener, file) = door.listen()?;
+    let work = Work::new(pool);
+    let looked = Arc::clone(&work);
+    tokio::task::spawn_blocking(move || looked.recover());
+    // Whoever started us may not want to hear it.
+    let _ = writeln!(std::io::stdout(), "{}", path.display());
+    tell("READY=1");
+    tokio::select! {
+        () = server::accept(listener, &work) => {}
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+        _ = hup.recv() => {}
+    }
+    tell("STOPPING=1");
+    // Removed first: who comes now finds nothing.
+    drop(file);
+    work.finish().await;
+    Ok(())
+}
+
+fn tell(state: &str) {
+    if let Err(error) = systemd::notify(state) {
+        tracing::warn!(%error, "cannot tell systemd {state}");
+    }
+}
