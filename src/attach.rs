@@ -51,6 +51,12 @@ impl LoopDoor {
         let export = site.exports.first().context("there is no export")?;
         let size = export.watch_size();
         let geometry = export.geometry();
+        ensure!(
+            geometry.size >= 512,
+            "{}: of {} bytes no block device can be made; it has sectors of 512",
+            site.args[0].source,
+            geometry.size
+        );
         if geometry.size % 512 != 0 {
             tracing::warn!(
                 "a block device has whole sectors: the last {} bytes are left out",

@@ -145,7 +145,8 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
         }
         if !force
             && waited > Duration::from_secs(1)
-            && let Some(uses) = holders::of(id, true)
+            // Not by opening it: the server, which looks as well, would find us there.
+            && let Some(uses) = holders::of(id, false)
         {
             bail!("{path}: came into use ({uses}); it ends when it is released");
         }
