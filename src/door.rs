@@ -44,6 +44,8 @@ pub(crate) struct Site<'a> {
     pub(crate) args: &'a [ExportArg],
     /// Where its slow requests (and connections) run.
     pub(crate) workers: &'a Arc<Workers>,
+    /// There is no other door to these exports.
+    pub(crate) alone: bool,
     /// How it ends.
     pub(crate) process: &'a crate::cli::ProcessArgs,
     /// Sockets that were passed in, for the door that takes them.
@@ -81,7 +83,7 @@ pub(crate) async fn open(door: &DoorArgs, site: &mut Site<'_>) -> Result<Box<dyn
 pub(crate) fn before_sources(doors: &[DoorArgs]) -> Result<()> {
     doors.iter().try_for_each(prepare)?;
     if doors.iter().any(|door| door.ublk().is_some()) {
-        ublk::before_sources()?;
+        ublk::before_sources();
     } else if doors.iter().any(DoorArgs::is_local) {
         io_flusher::become_one();
     }

@@ -65,7 +65,7 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(0)?;
             volume::command::run(&action).map(|()| ExitCode::SUCCESS)
         }
-        Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => info::run(&args),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

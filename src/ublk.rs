@@ -20,18 +20,20 @@ mod list;
 mod memory;
 mod queue;
 mod signals;
+mod standby;
 mod state;
 mod supervise;
 mod task;
 mod translate;
 mod wait;
+mod watched;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
-pub(crate) use list::{detach, devices, features, owner, server};
+pub(crate) use list::{Server, detach, devices, features, owner, server};
 pub(crate) use supervise::run;
 
 /// Whether this host can make such devices, and this user.
@@ -39,14 +41,9 @@ pub(crate) fn is_here() -> bool {
     rustix::process::geteuid().is_root() && control::Control::open().is_ok()
 }
 
-/// What the process must be before it opens a source; a kernel without ublk is told first.
-///
-/// # Errors
-/// One line that says why there is no ublk here.
-pub(crate) fn before_sources() -> Result<()> {
-    control::Control::open()?;
-    memory::serve_reclaim();
-    Ok(())
+/// What the process must be before it opens a source.
+pub(crate) fn before_sources() {
+    memory::serve_reclaim(true);
 }
 
 /// What it must be before it makes threads. `needed` are paths that it makes or removes later.

@@ -36,6 +36,8 @@ fn on_a_newer_kernel() {
         "many",
         "attach",
         "resize",
+        "large_reads",
+        "udev",
     ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
 }
