@@ -33,7 +33,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
-pub(crate) use list::{detach, devices, features, owner, server};
+pub(crate) use list::{Server, detach, devices, features, owner, server};
 pub(crate) use supervise::run;
 
 /// Whether this host can make such devices, and this user.

@@ -26,6 +26,9 @@ use crate::fuse::{self, Mounted, Unmounted};
 /// So long is waited for others to let go of a device.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// And so long to close files: a process that was killed takes a moment to, and so does a child between fork and exec.
+const FILES_PATIENCE: Duration = Duration::from_millis(500);
+
 impl Pool {
     /// Mounts a volume for `holder`, or counts that holder once more. The path is that of the mounted folder; of the block
     /// device, where the volume has no file system. [`Volume::BY_HAND`] is counted once.
@@ -204,10 +207,14 @@ impl Volume<'_> {
         if self.record.fs != FsKind::None {
             // It may be mounted, and that not be written down yet.
             let path = state.mounted.clone().unwrap_or_else(|| self.pool.runtime().mount_point(&self.name));
+            let until = Instant::now() + FILES_PATIENCE;
             while self.is_mounted(state, &path) {
                 let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
                 match fuse::unmount(&path, force || dead)? {
                     Unmounted::Yes => {}
+                    Unmounted::Busy if Instant::now() < until => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
                     Unmounted::Busy => {
                         return Err(Error::InUse(format!(
                             "volume `{}` is in use: a process has files open in {}",
