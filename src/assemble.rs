@@ -14,6 +14,7 @@ mod limits;
 mod overlay;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -33,19 +34,43 @@ use crate::cli::{
 };
 use limits::Limits;
 
+/// Images that `--create` has made. Dropped before they are kept, it removes them: a start that fails leaves nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// They stay.
+    pub(crate) fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // What went wrong before is what to tell.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
 /// Opens every source and stacks its layers.
 ///
 /// # Errors
 /// One line for the first that cannot be served.
-pub(crate) fn exports(exports: &[ExportArg], args: &SourceArgs) -> Result<Vec<Arc<Export>>> {
+pub(crate) fn exports(exports: &[ExportArg], args: &SourceArgs) -> Result<(Vec<Arc<Export>>, Made)> {
     let limits = Limits::parse(&args.throttles, exports)?;
-    exports.iter().map(|export| assemble(export, args, &limits)).collect()
+    let mut made = Made::default();
+    let exports = exports.iter().map(|export| assemble(export, args, &limits, &mut made));
+    Ok((exports.collect::<Result<_>>()?, made))
 }
 
-fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits) -> Result<Arc<Export>> {
+fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits, made: &mut Made) -> Result<Arc<Export>> {
+    make(&export.source, args, made)?;
     let mut stack = match &args.overlay {
         None => open(&export.source, args)?,
         Some(overlay) => {
+            overlay::refuse_onto_itself(overlay, &export.source)?;
             let base = open(&export.source, &SourceArgs { read_only: true, ..args.clone() })?;
             overlay::lay(base, overlay, &export.source, args)?
         }
@@ -65,8 +90,8 @@ fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits) -> Result<Ar
     if args.read_only {
         stack = Box::new(ReadOnly::new(stack));
     }
-    let stack = limits.lay(stack, &export.name)?;
-    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack))
+    let (stack, groups) = limits.lay(stack, &export.name)?;
+    Ok(Export::throttled(export.name.clone(), export.description.clone(), stack, groups))
 }
 
 fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn Backend>> {
@@ -100,6 +125,24 @@ pub(crate) fn apart<F: Future<Output: Send>>(make: impl FnOnce() -> F + Send) ->
     })
 }
 
+/// Makes the image that is not there yet, where `--create` says so.
+fn make(source: &Source, args: &SourceArgs, made: &mut Made) -> Result<()> {
+    let (Source::Path(path), Some(size)) = (source, args.create) else { return Ok(()) };
+    if std::fs::symlink_metadata(path).is_ok() {
+        return Ok(());
+    }
+    if args.read_only || args.overlay.is_some() {
+        bail!("{source}: does not exist, and --create with --read-only would make a disk nobody can fill");
+    }
+    match args.format {
+        None | Some(Format::Raw) => create::create_image(path, size, false)?,
+        Some(format) => create::create_empty(path, format, size)?,
+    }
+    made.0.push(path.clone());
+    tracing::info!("{source}: made, {size} bytes");
+    Ok(())
+}
+
 /// Opens a source as it is, without layers.
 ///
 /// # Errors
@@ -113,19 +156,6 @@ pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend
         }
         Source::Path(path) => path,
     };
-    let exists = std::fs::symlink_metadata(path).is_ok();
-    if let (Some(size), false) = (args.create, exists) {
-        if args.read_only {
-            bail!(
-                "{source}: does not exist, and --create with --read-only would make a disk nobody can fill"
-            );
-        }
-        match args.format {
-            None | Some(Format::Raw) => create::create_image(path, size, false)?,
-            Some(format) => create::create_empty(path, format, size)?,
-        }
-        tracing::info!("{source}: made, {size} bytes");
-    }
     Ok(open_any(path, args.format, file_options(args), args.allow_backing.any())?)
 }
 

@@ -25,6 +25,9 @@ pub(crate) use loop_device::{backing_file, describe_use, detach as detach_loop, 
 /// How often to look whether a device that is in use has come free.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
+/// Names of the folders that the files are in begin with it.
+const PREFIX: &str = "attach-";
+
 /// A loop device over a FUSE file.
 pub(crate) struct LoopDoor {
     device: LoopDevice,
@@ -48,6 +51,12 @@ impl LoopDoor {
         let export = site.exports.first().context("there is no export")?;
         let size = export.watch_size();
         let geometry = export.geometry();
+        ensure!(
+            geometry.size >= 512,
+            "{}: of {} bytes no block device can be made; it has sectors of 512",
+            site.args[0].source,
+            geometry.size
+        );
         if geometry.size % 512 != 0 {
             tracing::warn!(
                 "a block device has whole sectors: the last {} bytes are left out",
@@ -144,7 +153,7 @@ struct Folder(PathBuf);
 impl Folder {
     fn make() -> Result<Self> {
         let Some(parent) = attachment::folder() else { bail!("no folder to mount in") };
-        let path = parent.join(format!("attach-{}", std::process::id()));
+        let path = parent.join(format!("{PREFIX}{}", std::process::id()));
         // One that is left of a process with the same number is taken over.
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.with_context(|| format!("{}: cannot make it", path.display()))?;
@@ -157,6 +166,13 @@ impl Drop for Folder {
         // At worst it stays.
         let _ = std::fs::remove_dir(&self.0);
     }
+}
+
+/// Whether a folder is one of these, by its name.
+pub(crate) fn is_attachment(folder: &Path) -> bool {
+    let name = folder.file_name().unwrap_or_default();
+    folder.parent() == attachment::folder().as_deref()
+        && name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
 }
 
 /// What `losetup` shows as the file's name: the image's.

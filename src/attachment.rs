@@ -1,5 +1,5 @@
 //! What is attached on this host: one small file for each FUSE file, so that `nbdbridge devices` and `nbdbridge detach` find
-//! it. The folder is /run/nbdbridge, or $XDG_RUNTIME_DIR/nbdbridge for a user.
+//! it. The folder is /run/nbdbridge, or $XDG_RUNTIME_DIR/nbdbridge for a user (else /run/user/UID/nbdbridge).
 //!
 //! The files are hints, and may be missing or old: what is mounted, the kernel knows better.
 
@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use crate::fuse::is_dead;
+use crate::fuse::{Made, is_dead};
 use bridge::Geometry;
 use rustix::process::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ pub(crate) struct Attachment {
     /// The mounted file.
     pub(crate) file: PathBuf,
     /// That was made for it.
-    pub(crate) made: bool,
+    pub(crate) made: Option<Made>,
     /// The block device upon it.
     pub(crate) device: Option<PathBuf>,
     /// In bytes.
@@ -43,7 +43,13 @@ pub(crate) struct StateFile(PathBuf);
 
 impl Attachment {
     /// One of this process.
-    pub(crate) fn new(source: &OsStr, file: &Path, made: bool, geometry: &Geometry, read_only: bool) -> Self {
+    pub(crate) fn new(
+        source: &OsStr,
+        file: &Path,
+        made: Option<Made>,
+        geometry: &Geometry,
+        read_only: bool,
+    ) -> Self {
         let pid = std::process::id();
         Attachment {
             pid,
@@ -55,12 +61,6 @@ impl Attachment {
             size: geometry.size,
             read_only,
         }
-    }
-
-    /// The same with a block device upon it.
-    pub(crate) fn with_device(mut self, device: &Path) -> Self {
-        self.device = Some(device.to_owned());
-        self
     }
 
     /// Writes it down. Where that is not possible, nobody lists it, and nothing else is lost.
@@ -88,7 +88,7 @@ impl Attachment {
     }
 
     /// All that are written down, with their files. Those of dead processes only while something is left of them: a dead
-    /// mount, or a device.
+    /// mount, or the file that was made for it.
     pub(crate) fn all() -> Vec<(Attachment, PathBuf)> {
         let Some(Ok(files)) = folder().map(fs::read_dir) else { return Vec::new() };
         let mut all: Vec<_> = files
@@ -103,7 +103,9 @@ impl Attachment {
             })
             .collect();
         all.retain(|(attachment, path): &(Attachment, _)| {
-            let keep = attachment.is_alive() || is_dead(&attachment.file);
+            let is_left = |made: Made| made.is_left(&attachment.file);
+            let keep =
+                attachment.is_alive() || is_dead(&attachment.file) || attachment.made.is_some_and(is_left);
             if !keep {
                 // At worst it stays.
                 let _ = fs::remove_file(path);
@@ -112,6 +114,20 @@ impl Attachment {
         });
         all.sort_by(|(one, _): &(Attachment, _), (other, _)| one.file.cmp(&other.file));
         all
+    }
+
+    /// Removes what its process, which is dead, has left once nothing is mounted there any more: the file, and the folder
+    /// that `attach` made for that; and `note`, in which this was written down.
+    pub(crate) fn forget(&self, note: &Path) {
+        if let Some(made) = self.made {
+            made.remove(&self.file);
+        }
+        if let Some(parent) = self.file.parent().filter(|parent| parent.starts_with("/run/nbdbridge/")) {
+            // Only an empty one goes.
+            let _ = fs::remove_dir(parent);
+        }
+        // At worst it stays.
+        let _ = fs::remove_file(note);
     }
 
     /// Whether its process is there.
@@ -132,13 +148,15 @@ impl Drop for StateFile {
     }
 }
 
-/// Where the files are; None for a user without $XDG_RUNTIME_DIR.
+/// Where the files are; None for a user for whom no session has made a place.
 pub(crate) fn folder() -> Option<PathBuf> {
     if geteuid().is_root() {
         return Some(PathBuf::from("/run/nbdbridge"));
     }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty())?;
-    Some(Path::new(&runtime).join("nbdbridge"))
+    let told = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let of_user =
+        || Some(PathBuf::from(format!("/run/user/{}", geteuid().as_raw()))).filter(|path| path.is_dir());
+    Some(told.or_else(of_user)?.join("nbdbridge"))
 }
 
 /// When a process was started, in clock ticks (proc_pid_stat(5), field 22); None for one that is gone or only waits to be
@@ -164,7 +182,7 @@ mod tests {
             preferred_block: 4096,
             capabilities: bridge::Capabilities::NONE,
         };
-        let mine = Attachment::new(OsStr::new("mem:7"), Path::new("/x"), false, &geometry, true);
+        let mine = Attachment::new(OsStr::new("mem:7"), Path::new("/x"), None, &geometry, true);
         assert!(mine.is_alive() && mine.process().is_some() && mine.started > 0);
         let earlier = Attachment { started: mine.started - 1, ..mine.clone() };
         assert!(!earlier.is_alive() && earlier.process().is_none());
@@ -174,7 +192,8 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         assert!(child.wait().unwrap().success(), "it was not buried yet, and counted as gone");
-        let text = serde_json::to_string(&mine.clone().with_device(Path::new("/dev/loop7"))).unwrap();
+        let upon_it = Attachment { device: Some("/dev/loop7".into()), ..mine.clone() };
+        let text = serde_json::to_string(&upon_it).unwrap();
         let back: Attachment = serde_json::from_str(&text).unwrap();
         assert_eq!(back.device.as_deref(), Some(Path::new("/dev/loop7")));
         assert_eq!(Attachment { device: None, ..back }, mine);

@@ -225,6 +225,12 @@ enum Words {
     },
 }
 
+/// A word of more letters is shown in part; paths are shorter, for the most part.
+const LONG_WORD: usize = 256;
+
+/// So many of them.
+const SHOWN_OF_IT: usize = 64;
+
 /// Reads the command line. What is answered here (help, version, usage errors) comes back as an exit status.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, ExitCode> {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -293,8 +299,13 @@ pub(crate) fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<(
 
 /// Says an error as one line on stderr; gives 2 for a [`UsageError`] and 1 for others.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("nbdbridge: {}", join_lines(&format!("{error:#}")));
-    if error.is::<UsageError>() { ExitCode::from(USAGE_STATUS) } else { ExitCode::FAILURE }
+    let line = join_lines(&format!("{error:#}"));
+    if error.is::<UsageError>() {
+        eprintln!("nbdbridge: {}", cut_words(&line));
+        return ExitCode::from(USAGE_STATUS);
+    }
+    eprintln!("nbdbridge: {line}");
+    ExitCode::FAILURE
 }
 
 fn command() -> clap::Command {
@@ -308,7 +319,7 @@ fn answer(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE_STATUS));
     }
-    eprintln!("nbdbridge: {}", one_line(error));
+    eprintln!("nbdbridge: {}", cut_words(&one_line(error)));
     ExitCode::from(USAGE_STATUS)
 }
 
@@ -327,6 +338,15 @@ fn one_line(error: &clap::Error) -> String {
     }
     line.push_str(" (try --help)");
     line
+}
+
+/// What somebody typed comes back in errors; of a very long word, the beginning says which it was.
+fn cut_words(line: &str) -> String {
+    let cut = |word: &str| match word.char_indices().nth(LONG_WORD) {
+        Some(_) => word.chars().take(SHOWN_OF_IT).chain("...".chars()).collect(),
+        None => word.to_owned(),
+    };
+    line.split(' ').map(cut).collect::<Vec<_>>().join(" ")
 }
 
 fn join_lines(text: &str) -> String {

@@ -16,6 +16,7 @@ mod client;
 pub(crate) mod command;
 mod find;
 mod folder;
+mod guests;
 mod query;
 mod routes;
 mod server;

@@ -58,8 +58,8 @@ fn detach_device(device: &Path, force: bool) -> Result<()> {
         return end(&attachment, force);
     }
     detach_loop(device).with_context(|| format!("{}: cannot detach it", device.display()))?;
-    clear(&attachment.file, attachment.made)?;
-    let _ = std::fs::remove_file(note);
+    unmount(&attachment.file, true)?;
+    attachment.forget(&note);
     Ok(())
 }
 
@@ -77,9 +77,9 @@ fn detach_file(path: &Path, force: bool) -> Result<()> {
     };
     if !attachment.is_alive() {
         if is_mounted {
-            clear(path, attachment.made)?;
+            unmount(path, true)?;
         }
-        let _ = std::fs::remove_file(note);
+        attachment.forget(&note);
         return Ok(());
     }
     if is_mounted && !force {
@@ -99,19 +99,6 @@ fn unmount(path: &Path, lazily: bool) -> Result<()> {
             fuse::describe_users(path)
         ),
     }
-}
-
-/// What a dead server has left: a mount, and perhaps the file and folder that were made for it.
-fn clear(path: &Path, made: bool) -> Result<()> {
-    unmount(path, true)?;
-    let empty = std::fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == 0);
-    if made && empty {
-        std::fs::remove_file(path).with_context(|| format!("{}: cannot remove it", path.display()))?;
-        if let Some(folder) = path.parent().filter(|folder| folder.starts_with("/run/nbdbridge/")) {
-            let _ = std::fs::remove_dir(folder);
-        }
-    }
-    Ok(())
 }
 
 /// Asks the server to end, and waits for that. The second signal means that it is to end although it is in use.

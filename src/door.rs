@@ -44,6 +44,8 @@ pub(crate) struct Site<'a> {
     pub(crate) args: &'a [ExportArg],
     /// Where its slow requests (and connections) run.
     pub(crate) workers: &'a Arc<Workers>,
+    /// There is no other door to these exports.
+    pub(crate) alone: bool,
     /// How it ends.
     pub(crate) process: &'a crate::cli::ProcessArgs,
     /// Sockets that were passed in, for the door that takes them.

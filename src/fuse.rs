@@ -14,6 +14,7 @@
 //! | `mounts` | what is mounted where |
 //! | `users` | who has FILE open |
 //! | `file`, `slow` | the requests: what a FUSE thread answers, and what a worker does |
+//! | `length` | keeps requests and a shrinking file apart |
 //! | `attributes` | what stat(2) shows |
 //! | `translate` | fallocate modes and errors, each in one table |
 //!
@@ -23,6 +24,7 @@ mod attributes;
 mod door;
 mod file;
 mod helper;
+mod length;
 mod mount;
 mod mounts;
 mod point;
@@ -33,5 +35,5 @@ mod users;
 pub(crate) use door::FuseDoor;
 pub(crate) use mount::{Unmounted, unmount};
 pub(crate) use mounts::Mounted;
-pub(crate) use point::{clear_dead, is_dead, resolve};
+pub(crate) use point::{Made, clear_dead, is_dead, resolve};
 pub(crate) use users::describe as describe_users;

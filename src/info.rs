@@ -4,17 +4,19 @@ mod local;
 mod remote;
 
 use std::io::Write;
+use std::process::ExitCode;
 
 use anyhow::Result;
 
 use crate::cli::{InfoArgs, Source, UsageError};
 use remote::Ask;
 
-/// Tells about a source.
+/// Tells about a source. The status is that of a failure where it could not be served, and that is all there is to tell.
 ///
 /// # Errors
 /// One line that says what kept us from it.
-pub(crate) fn run(args: &InfoArgs) -> Result<()> {
+pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
+    let mut status = ExitCode::SUCCESS;
     let text = match (&args.source, args.list, args.map) {
         (Source::Remote(source), list, map) => {
             let ask = match (list, map) {
@@ -28,11 +30,17 @@ pub(crate) fn run(args: &InfoArgs) -> Result<()> {
             let message = format!("--list asks a server, as in nbd://HOST, and {source} is none");
             return Err(UsageError::new(message).into());
         }
-        _ => local::tell(args)?,
+        _ => {
+            let told = local::tell(args)?;
+            if !told.can_be_served {
+                status = ExitCode::FAILURE;
+            }
+            told.text
+        }
     };
     match std::io::stdout().write_all(text.as_bytes()) {
         // A reader that went away (`| head`) is no failure.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
+        _ => Ok(status),
     }
 }

@@ -64,7 +64,7 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::GuardFrozen { point, limit } => {
             volume::freeze::guard(&point, limit).map(|()| ExitCode::SUCCESS)
         }
-        Action::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
+        Action::Info(args) => info::run(&args),
         Action::Completions(shell) => cli::print_completions(shell).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -26,6 +26,9 @@ use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::door::{self, Door, Site};
 use crate::{assemble, control, systemd};
 
+/// The last flush has so long where the doors took all the time there was.
+const LAST_FLUSH: Duration = Duration::from_secs(2);
+
 /// Serves until told to stop.
 ///
 /// # Errors
@@ -54,7 +57,7 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
     let process = &args.process;
     let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
     door::before_sources(&args.doors)?;
-    let exports = sources(args)?;
+    let (exports, made) = sources(args)?;
     door::before_threads(&args.doors, process.pid_file.as_deref());
     let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -62,7 +65,9 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
         .build()
         .context("cannot start the event loop")?;
     let status = runtime.block_on(async {
-        let mut site = Site { exports: &exports, args: &args.exports, workers: &workers, process, passed };
+        let alone = args.doors.len() == 1;
+        let mut site =
+            Site { exports: &exports, args: &args.exports, workers: &workers, alone, process, passed };
         let mut doors = Vec::new();
         // The kernel's caches behind one door do not hear of what is written through another.
         let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();
@@ -74,12 +79,13 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
         let control = control::Control::start(control_site(args, &exports, &doors, &workers));
         let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
         ready.announce(&lines)?;
+        made.keep();
         // Without systemd there is nobody to tell.
         let _ = systemd::notify("READY=1");
         let told = serve(&doors, &mut stop).await;
         let _ = systemd::notify("STOPPING=1");
         let all_well = tokio::select! {
-            all_well = end(&doors, &exports, &workers) => all_well,
+            all_well = end(&doors, &exports, &workers, process.drain_timeout) => all_well,
             () = stop.again(told) => {
                 tracing::warn!("told again to stop: ending at once");
                 false
@@ -96,7 +102,7 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
 
 /// Opens the sources. Where a door takes over from a process that has died, its requests may still be in the kernel, and
 /// with them its locks: those are waited for.
-fn sources(args: &ServeArgs) -> Result<Vec<Arc<Export>>> {
+fn sources(args: &ServeArgs) -> Result<(Vec<Arc<Export>>, assemble::Made)> {
     let until = Instant::now() + door::patience(&args.doors);
     loop {
         match assemble::exports(&args.exports, &args.source) {
@@ -150,17 +156,21 @@ async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) -> bool {
     true
 }
 
-/// Closes the doors, then flushes what came through them. False where not everything went well.
-async fn end(doors: &[Box<dyn Door>], exports: &[Arc<Export>], workers: &Workers) -> bool {
+/// Closes the doors, then flushes what came through them, for what is left of the time. False where not everything
+/// went well.
+async fn end(doors: &[Box<dyn Door>], exports: &[Arc<Export>], workers: &Workers, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
     let drained = all(doors.iter().map(|door| door.drain()).collect()).await;
     let mut all_well = drained.into_iter().all(|well| well);
-    for export in exports {
-        all_well &= flush(export, workers).await;
-    }
+    let now = Instant::now();
+    let until = if now < until { until } else { now + LAST_FLUSH };
+    let flushes =
+        exports.iter().map(|export| Box::pin(flush(export, workers, until)) as LocalFuture<'_, bool>);
+    all_well &= all(flushes.collect()).await.into_iter().all(|well| well);
     all_well
 }
 
-async fn flush(export: &Arc<Export>, workers: &Workers) -> bool {
+async fn flush(export: &Arc<Export>, workers: &Workers, until: Instant) -> bool {
     let caps = export.geometry().capabilities;
     if caps.contains(Capabilities::READ_ONLY) || !caps.contains(Capabilities::FLUSH) {
         return true;
@@ -169,13 +179,21 @@ async fn flush(export: &Arc<Export>, workers: &Workers) -> bool {
     let flushed = workers.run(workers.next(), move || async move {
         there.execute(Request::flush(), None, Instant::now()).await.map(|_| ())
     });
-    match flushed.await {
-        Some(Ok(())) => true,
-        Some(Err(error)) => {
+    match tokio::time::timeout_at(until.into(), flushed).await {
+        Ok(Some(Ok(()))) => true,
+        Ok(Some(Err(error))) => {
             tracing::error!(export = export.name(), %error, "cannot flush");
             false
         }
-        None => false,
+        Ok(None) => false,
+        Err(_) => {
+            let name = export.name();
+            tracing::error!(
+                export = name,
+                "cannot flush: no answer within --drain-timeout; what was not flushed may be lost"
+            );
+            false
+        }
     }
 }
 

@@ -99,6 +99,17 @@ pub(crate) fn human(bytes: u64) -> String {
     }
 }
 
+/// A size for people, with its bytes where that says more: `64 MiB (67108864 bytes)`.
+pub(crate) fn full(bytes: u64) -> String {
+    if bytes < 1 << 10 { human(bytes) } else { format!("{} ({bytes} bytes)", human(bytes)) }
+}
+
+/// The same where [`human`] is exact, else in bytes: for what is a setting.
+pub(crate) fn exact(bytes: u64) -> String {
+    let text = human(bytes);
+    if parse(&text.replace(' ', "")) == Ok(bytes) { text } else { format!("{bytes} bytes") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,6 +166,11 @@ mod tests {
         ] {
             assert_eq!(human(bytes), text);
         }
+        for (bytes, text) in [(512, "512 bytes"), (3000, "3000 bytes"), (4096, "4 KiB"), (3 << 19, "1.5 MiB")]
+        {
+            assert_eq!(exact(bytes), text);
+        }
+        assert_eq!((full(1023), full(3 << 9)), ("1023 bytes".to_owned(), "1.5 KiB (1536 bytes)".to_owned()));
     }
 
     proptest! {

@@ -20,18 +20,20 @@ mod list;
 mod memory;
 mod queue;
 mod signals;
+mod standby;
 mod state;
 mod supervise;
 mod task;
 mod translate;
 mod wait;
+mod watched;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
-pub(crate) use list::{detach, devices, features, owner, server};
+pub(crate) use list::{Server, detach, devices, features, owner, server};
 pub(crate) use supervise::run;
 
 /// Whether this host can make such devices, and this user.
@@ -41,7 +43,7 @@ pub(crate) fn is_here() -> bool {
 
 /// What the process must be before it opens a source.
 pub(crate) fn before_sources() {
-    memory::serve_reclaim();
+    memory::serve_reclaim(true);
 }
 
 /// What it must be before it makes threads. `needed` are paths that it makes or removes later.

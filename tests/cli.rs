@@ -31,6 +31,23 @@ fn failure(args: &[&str], status: i32) -> String {
 }
 
 #[test]
+fn what_is_far_too_long_is_not_echoed() {
+    let name = "n".repeat(5000);
+    for args in [
+        &["net", "mem:1M", "-x", &name][..],
+        &["net", &format!("--{name}")],
+        &[&name],
+        &["net", "mem:1M", "--throttle", &format!("export={name},iops-total=1")],
+    ] {
+        let line = failure(args, 2);
+        assert!(line.contains("nnn...") && line.len() < 400, "{line}");
+    }
+    assert!(
+        failure(&["net", "mem:1M", "-x", &name], 2).contains("longer than the 4096 bytes that NBD allows")
+    );
+}
+
+#[test]
 fn usage_errors_are_one_line_and_exit_2() {
     for (args, words) in [
         (&["net"][..], "nothing to serve"),

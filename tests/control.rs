@@ -124,7 +124,7 @@ fn ps_shows_servers_exports_and_clients() {
     let server = shown(one.id());
     assert_eq!(server["version"], env!("CARGO_PKG_VERSION"));
     let export = json!({"name": "one", "description": "words", "source": "mem:3145728", "size": 3 << 20,
-                        "read_only": false, "limits": {"iops-read": 100}});
+                        "read_only": false, "limits": {"iops-read": 100}, "groups": {}});
     assert_eq!(server["exports"], json!([export]));
     let door = &server["doors"][0];
     assert_eq!(door["kind"], "net");
@@ -224,6 +224,47 @@ fn limits_change_while_clients_wait() {
 }
 
 #[test]
+fn limits_of_groups_are_shown_changed_and_lifted() {
+    let here = Here::new();
+    let both = "group=both,export=a,export=b,iops-total=1";
+    let server = here.serve(&[
+        "mem:1M",
+        "-x",
+        "a",
+        "--export",
+        "b=mem:1M",
+        "--export",
+        "c=mem:1M",
+        "--throttle",
+        both,
+    ]);
+    let mut client = server.negotiate().enter(ReplyStyle::Simple, "a");
+    let asked: Vec<_> = (0..100).map(|n| client.ask(Nbd::Read, NO_FLAGS, n * 512, 512)).collect();
+    assert_eq!(here.ask(&["throttle", "b"]), "no limits of its own\ngroup=both iops-total=1\n");
+    assert_eq!(here.ask(&["throttle", "c"]), "no limits\n");
+    assert_eq!(
+        here.ask(&["throttle", "a", "off"]),
+        "no limits of its own\ngroup=both iops-total=1\n",
+        "its own"
+    );
+    let changed = here.ask(&["throttle", "b", "group=both", "bps-read=1G", "iops-total=2"]);
+    assert_eq!(changed, "no limits of its own\ngroup=both bps-read=1073741824\ngroup=both iops-total=2\n");
+    let all = here.ask_json(&["throttle", "a", "--json"]);
+    assert_eq!(all["groups"], json!({"both": {"bps-read": 1 << 30, "iops-total": 2}}), "for all of them");
+    let line = here.refusal(&["throttle", "a", "group=bth", "off"], 1);
+    assert!(line.contains("in no group `bth`; its groups: `both`"), "{line}");
+    assert!(here.refusal(&["throttle", "a", "group=both"], 2).contains("or `off`"));
+    assert!(here.refusal(&["throttle", "a", "group=both,group=c,off"], 2).contains("one group at a time"));
+    assert_eq!(
+        here.ask(&["throttle", "b", "group=both,off"]),
+        "no limits of its own\ngroup=both no limits\n"
+    );
+    for _ in asked {
+        assert_eq!(client.answer().error, None);
+    }
+}
+
+#[test]
 fn an_export_grows_under_load() {
     let here = Here::new();
     let image = here.0.path().join("disk.img");
@@ -281,6 +322,15 @@ fn it_is_clear_which_export_is_meant() {
         (one.client(ReplyStyle::Simple).size, two.client(ReplyStyle::Simple).size),
         (6 << 20, 4 << 20)
     );
+    let many = here.serve(&["mem:1M", "-x", "p", "--export", "q=mem:1M"]);
+    let pid = many.id().to_string();
+    let line = here.refusal(&["throttle", &pid], 1);
+    assert!(line.contains(&format!("{pid} has 2 exports; say which: {pid}:p (mem:")), "{line}");
+    let shown = here.ask(&["stats", &pid]);
+    let [p, q] =
+        ["p", "q"].map(|name| shown.contains(&format!("{pid}:{name}  mem:1048576\nno requests yet")));
+    assert!(p && q && shown.lines().count() == 5, "{shown}");
+    many.stop();
     let line = here.refusal(&["stats", "dsk"], 1);
     assert!(
         line.contains("no export `dsk`; there is ") && line.contains(&format!("{}:disk", one.id())),
@@ -296,14 +346,17 @@ fn the_routes_answer_in_json_whatever_is_asked() {
     let (status, instance) = http(&socket, "GET", "/v1/instance", "");
     assert_eq!((status, &instance["pid"]), (200, &json!(server.id())));
     let (status, limits) = http(&socket, "PATCH", "/v1/throttle?export=a%20b%2Fc", r#"{"bps-total": "2M"}"#);
-    assert_eq!((status, limits), (200, json!({"export": "a b/c", "limits": {"bps-total": 2 << 20}})));
+    assert_eq!(
+        (status, limits),
+        (200, json!({"export": "a b/c", "groups": {}, "limits": {"bps-total": 2 << 20}}))
+    );
     let (status, resized) = http(&socket, "POST", "/v1/resize?export=d", r#"{"size": 2097152}"#);
     assert_eq!(
         (status, resized),
         (200, json!({"export": "d", "fixed": [], "old_size": 1 << 20, "size": 2 << 20}))
     );
     let (status, limits) = http(&socket, "DELETE", "/v1/throttle?export=a+b/c", "");
-    assert_eq!((status, limits), (200, json!({"export": "a b/c", "limits": {}})));
+    assert_eq!((status, limits), (200, json!({"export": "a b/c", "groups": {}, "limits": {}})));
     assert_eq!(http(&socket, "GET", "/v1/stats", "").1.as_array().unwrap().len(), 2);
     assert_eq!(http(&socket, "GET", "/v1/stats?export=d", "").1.as_array().unwrap().len(), 1);
     let long = format!(r#"{{"iops-total": "{}"}}"#, "1".repeat(20_000));
@@ -315,6 +368,7 @@ fn the_routes_answer_in_json_whatever_is_asked() {
         ("GET", "/v1/throttle?export=x", "", 404, "no export `x` here; there is `a b/c`, `d`"),
         ("GET", "/v1/throttle?export=d&export=d", "", 400, "export"),
         ("PATCH", "/v1/throttle?export=d", "", 400, "body"),
+        ("PATCH", "/v1/throttle?export=d&group=g", "{}", 404, "in no group `g`; its groups: none"),
         ("PATCH", "/v1/throttle?export=d", "[1]", 400, "body"),
         ("PATCH", "/v1/throttle?export=d", "{\"iops-total\": [1]}", 400, "iops-total: a number"),
         ("PATCH", "/v1/throttle?export=d", "{\"iops-total\": -1}", 400, "no whole number"),
@@ -381,6 +435,21 @@ fn garbage_and_slow_clients_harm_nobody() {
     }
     assert_eq!(here.ask_json(&["ps", "--json"])[0]["pid"], server.id());
     client.read(0, 512);
+    server.stop();
+}
+
+/// Far more than are let in, and none of them asks: `ps` waits for an answer for five seconds only.
+#[test]
+fn a_crowd_that_asks_nothing_makes_room() {
+    let here = Here::new();
+    let server = here.serve(&["mem:1M", "-x", "disk"]);
+    let socket = here.socket(&server);
+    let mut crowd: Vec<_> = (0..200).map(|_| connect(&socket)).collect();
+    for stream in &mut crowd {
+        let _ = stream.write_all(b"GET /v1/instance HTTP/1.1\r\n");
+    }
+    assert_eq!(here.ask_json(&["ps", "--json"])[0]["pid"], server.id());
+    assert_eq!(here.ask(&["throttle", "disk", "iops-total=9"]), "iops-total=9\n");
     server.stop();
 }
 

@@ -8,7 +8,11 @@
 mod crash;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/status.rs"]
+mod status;
 mod support;
+#[path = "image/tables.rs"]
+mod tables;
 #[path = "image/words.rs"]
 mod words;
 
@@ -87,6 +91,18 @@ impl Place {
     fn compare(&self, format: &str, image: &Path, bytes: &[u8]) {
         let model = self.file("model.raw", bytes);
         qemu_img(&["compare", "-f", format, "-F", "raw", text(image), text(&model)]);
+    }
+
+    /// Serves a qcow2 image that holds `model`, does so many random things to both, and holds one against the other.
+    fn serve_and_compare(&self, image: &Path, model: &mut [u8], random: &mut Random, steps: usize) {
+        let server = Server::serve(&[text(image)]);
+        let mut client = server.client(ReplyStyle::Structured);
+        assert!(read_all(&mut client, model.len()) == model);
+        load(&mut client, model, random, steps);
+        client.disconnect();
+        server.stop();
+        check(image);
+        self.compare("qcow2", image, model);
     }
 }
 
@@ -174,13 +190,7 @@ fn what_we_write_qemu_reads() {
         let mut model = content(&mut random);
         let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
         qemu_img(&[&["convert", "-f", "raw", "-O", "qcow2"], *variant, &[text(&raw), text(&image)]].concat());
-        let server = Server::serve(&[text(&image)]);
-        let mut client = server.client(ReplyStyle::Structured);
-        load(&mut client, &mut model, &mut random, 60);
-        client.disconnect();
-        server.stop();
-        check(&image);
-        place.compare("qcow2", &image, &model);
+        place.serve_and_compare(&image, &mut model, &mut random, 60);
     }
 }
 
@@ -226,14 +236,7 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
             text(&top),
         ]);
         let below = (fs::read(&base).unwrap(), fs::read(&middle).unwrap());
-        let server = Server::serve(&[text(&top)]);
-        let mut client = server.client(ReplyStyle::Structured);
-        assert!(read_all(&mut client, SIZE) == model);
-        load(&mut client, &mut model, &mut random, 120);
-        client.disconnect();
-        server.stop();
-        check(&top);
-        place.compare("qcow2", &top, &model);
+        place.serve_and_compare(&top, &mut model, &mut random, 120);
         assert!(
             below == (fs::read(&base).unwrap(), fs::read(&middle).unwrap()),
             "what is below is only read"
@@ -245,9 +248,52 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         let (image, data) = (place.path("disk.qcow2"), place.path("disk.data"));
         let options = format!("data_file={},data_file_raw={raw}", text(&data));
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&image), &SIZE.to_string()]);
+        place.serve_and_compare(&image, &mut model, &mut random, 100);
+    }
+}
+
+/// Many at once, in any order, with neighbours that touch and some that do not, and reads and writes between them.
+#[test]
+fn trims_that_wait_together_leave_their_neighbours_alone() {
+    if !has_qemu_img("trims_that_wait_together_leave_their_neighbours_alone") {
+        return;
+    }
+    let mut random = Random::new(0x5eed_500b);
+    for (compat, cluster) in [("1.1", 4096), ("1.1", 65536), ("0.10", 65536)] {
+        let place = Place::new();
+        let mut model = random.bytes(SIZE);
+        let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
+        let options = format!("compat={compat},cluster_size={cluster}");
+        qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", &options, text(&raw), text(&image)]);
         let server = Server::serve(&[text(&image)]);
         let mut client = server.client(ReplyStyle::Structured);
-        load(&mut client, &mut model, &mut random, 100);
+        // The lower half is trimmed but for every fifth cluster; the upper one is read and written.
+        let mut trims: Vec<usize> = (0..SIZE / 2 / cluster).filter(|n| n % 5 != 4).collect();
+        for n in (1..trims.len()).rev() {
+            trims.swap(n, random.index(n + 1));
+        }
+        let mut asked = 0;
+        for (n, trim) in trims.iter().enumerate() {
+            let at = trim * cluster;
+            asked += 1;
+            client.ask(Nbd::Trim, NO_FLAGS, at as u64, cluster as u64);
+            model[at..at + cluster].fill(0);
+            if n % 70 == 0 {
+                let at = SIZE / 2 + random.index(SIZE / 2 - 3000);
+                let data = random.bytes(3000);
+                client.ask_write(NO_FLAGS, at as u64, &data);
+                asked += 1;
+                for _ in 0..std::mem::take(&mut asked) {
+                    assert_eq!(client.answer().error, None);
+                }
+                model[at..at + 3000].copy_from_slice(&data);
+                assert!(client.read(at as u64, 3000) == data);
+            }
+        }
+        for _ in 0..asked {
+            assert_eq!(client.answer().error, None);
+        }
+        assert!(read_all(&mut client, SIZE) == model);
         client.disconnect();
         server.stop();
         check(&image);
@@ -267,13 +313,7 @@ fn images_with_snapshots_in_them_keep_these() {
     let (raw, image) = (place.file("first.raw", &model), place.path("disk.qcow2"));
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", text(&raw), text(&image)]);
     qemu_img(&["snapshot", "-c", "before", text(&image)]);
-    let server = Server::serve(&[text(&image)]);
-    let mut client = server.client(ReplyStyle::Structured);
-    load(&mut client, &mut model, &mut random, 120);
-    client.disconnect();
-    server.stop();
-    check(&image);
-    place.compare("qcow2", &image, &model);
+    place.serve_and_compare(&image, &mut model, &mut random, 120);
     let old = place.path("old.raw");
     qemu_img(&["convert", "-l", "before", "-O", "raw", text(&image), text(&old)]);
     assert!(fs::read(&old).unwrap() == before);

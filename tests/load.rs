@@ -80,7 +80,7 @@ fn every_style_and_shape_reads() {
     }
     let lines = report(&server.uri(""), "--duration 100ms --seed 0x2a");
     assert!(lines.contains("seed 0x2a") && lines.contains("IOPS") && lines.contains("p99.9"), "{lines}");
-    assert!(lines.contains("1 connection, 32 deep, random 4 KiB blocks"), "{lines}");
+    assert!(lines.contains("1 connection, 32 deep, random blocks of 4 KiB"), "{lines}");
     server.stop();
 }
 

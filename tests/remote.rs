@@ -270,6 +270,20 @@ fn a_server_that_hangs_is_left_for_a_new_connection() {
 }
 
 #[test]
+fn a_proxy_whose_server_is_gone_ends_when_it_is_told() {
+    let mut upstream = Upstream::new("/dev/shm", "8M");
+    let mut proxy =
+        Server::serve(&[&upstream.uri(), "--drain-timeout", "500ms", "--reconnect-timeout", "300"]);
+    proxy.client(ReplyStyle::Extended).write(0, &[1; 512]);
+    upstream.kill();
+    proxy.signal(rustix::process::Signal::TERM);
+    let status = proxy.wait(support::LIMIT).expect("it waits for the server");
+    let log = proxy.log();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert_eq!(log.lines().filter(|line| line.contains("cannot flush")).count(), 1, "{log}");
+}
+
+#[test]
 fn another_disk_at_the_same_address_is_not_taken_for_the_first() {
     let mut upstream = Upstream::new("/dev/shm", "8M");
     let proxy = Server::serve(&[&upstream.uri()]);
@@ -360,7 +374,7 @@ fn info_lists_more_exports_than_fit_into_one_handshake() {
     for n in 0..30 {
         assert!(
             all.contains(&format!("export \"disk{n}\": "))
-                && all.contains(&format!("({} bytes)", 512 * (n + 1))),
+                && all.contains(&format!("{} bytes", 512 * (n + 1))),
             "{all}"
         );
     }

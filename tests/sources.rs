@@ -10,7 +10,46 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nbd_proto::{Command, CommandFlags, NbdError, OptionCode, ReplyStyle};
-use support::{Client, Loop, NO_FLAGS, Negotiation, Random, STYLES, Server, go_data, text};
+use support::{Client, Loop, NO_FLAGS, Negotiation, Random, STYLES, Server, go_data, refusal, text};
+
+#[test]
+fn a_start_that_fails_leaves_no_image_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, format) in [("new.img", "raw"), ("new.qcow2", "qcow2")] {
+        let image = folder.path().join(name);
+        let args = [text(&image), "--create", "1M", "-f", format];
+        refusal(&args);
+        assert!(!image.exists(), "the socket's folder does not exist");
+        refusal(&[&args[..], &["--export", "b=/nonexistent/image"]].concat());
+        assert!(!image.exists());
+        Server::serve(&args).stop();
+        refusal(&args);
+        assert!(image.exists(), "it was there before");
+    }
+}
+
+#[test]
+fn one_file_for_two_uses_is_called_that() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    fs::write(&image, [0; 8192]).unwrap();
+    let (image, export) = (text(&image), format!("b={}", text(&image)));
+    let line = refusal(&[image, "--export", &export]);
+    assert!(line.contains("this process has it open already") && !line.contains("another process"), "{line}");
+    Server::serve(&[image, "--export", &export, "-r"]).stop();
+    assert!(refusal(&[image, "--overlay", image]).contains("is the image itself"));
+}
+
+#[test]
+fn refusals_of_the_system_are_told_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, [1; 4096]).unwrap();
+    let line = refusal(&[text(&file.join("below")), "-f", "raw"]);
+    assert_eq!(line.matches("os error").count(), 1, "{line}");
+    let line = refusal(&[text(&file), "-r", "-f", "vmdk"]);
+    assert!(line.contains("is not a vmdk image"), "{line}");
+}
 
 /// The minimum block that the server demands.
 fn min_block(negotiation: &mut Negotiation) -> u64 {

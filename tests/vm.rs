@@ -36,6 +36,8 @@ fn on_a_newer_kernel() {
         "many",
         "attach",
         "resize",
+        "large_reads",
+        "udev",
         "volume_killed",
         "volume_grow",
     ];

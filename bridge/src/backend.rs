@@ -106,6 +106,13 @@ pub trait Backend: Send + Sync + 'static {
         Box::pin(ready(Err(Error::new(ErrorKind::NotSupported, "the source cannot grow"))))
     }
 
+    /// Makes the source `size` bytes long, less than it is; what lies past that is gone. When this returns, `geometry`
+    /// tells the new size, with a higher version. Called alone, with no other request in flight. Refused without
+    /// `Capabilities::SHRINK`.
+    fn shrink(&self, _size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(ready(Err(Error::new(ErrorKind::NotSupported, "the source cannot shrink"))))
+    }
+
     /// Reserves the space of a range, and changes no data: later writes there find room. Refused without
     /// `Capabilities::ALLOCATE`.
     fn allocate(&self, _offset: u64, _len: u64) -> LocalFuture<'_, Result<()>> {

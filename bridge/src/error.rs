@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
@@ -88,12 +88,20 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// What is missing there, and how to get one where that is easy.
+fn missing(path: &Path) -> String {
+    if path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+        return "device".to_owned();
+    }
+    format!("file (`nbdbridge create {} SIZE` makes one)", path.display())
+}
+
 /// A source that could not be opened. Each text is one line that names the thing and the way out.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The path leads nowhere.
-    #[error("{}: no such file (`nbdbridge create {} SIZE` makes one)", .0.display(), .0.display())]
+    #[error("{}: no such {}", .0.display(), missing(.0))]
     NotFound(PathBuf),
     /// The path is a directory, a pipe or a character device.
     #[error("{}: is {what}, not a disk image or block device", .path.display())]
@@ -123,6 +131,9 @@ pub enum OpenError {
         /// What to type instead.
         way_out: &'static str,
     },
+    /// This process has the image open, in a way that does not go together with this one.
+    #[error("{}: this process has it open already; the same file cannot be used twice where one use changes it", .0.display())]
+    Twice(PathBuf),
     /// The file to be created is there already.
     #[error("{}: exists already; remove it first, or choose another name", .0.display())]
     Exists(PathBuf),
@@ -142,14 +153,14 @@ pub enum OpenError {
         /// What is wrong with it, or with the way there.
         reason: String,
     },
-    /// Anything else the operating system said.
-    #[error("{}: {action}: {source}", .path.display())]
+    /// Anything else the operating system said. Its words are part of the text, and no source beside it.
+    #[error("{}: {action}: {error}", .path.display())]
     Os {
         /// The path as given.
         path: PathBuf,
         /// What was tried, as in "cannot open".
         action: &'static str,
         /// The operating system's answer.
-        source: std::io::Error,
+        error: std::io::Error,
     },
 }

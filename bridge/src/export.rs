@@ -43,6 +43,8 @@ pub struct Export {
     backend: Arc<dyn Backend>,
     stats: Stats,
     throttle: Option<ThrottleHandle>,
+    /// Limits that it shares with others, by their names.
+    groups: Vec<(String, ThrottleHandle)>,
     /// Held while the size changes.
     resizing: Mutex<()>,
     size: watch::Sender<u64>,
@@ -51,13 +53,19 @@ pub struct Export {
 impl Export {
     /// An export of this stack.
     pub fn new(name: impl Into<String>, description: Option<String>, backend: Box<dyn Backend>) -> Arc<Self> {
-        Export::of(name.into(), description, Arc::from(backend), None)
+        Export::of(name.into(), description, Arc::from(backend), None, Vec::new())
     }
 
-    /// An export whose limits can be changed while it is served: see [`Export::throttle`].
-    pub fn throttled(name: impl Into<String>, description: Option<String>, stack: Throttle) -> Arc<Self> {
+    /// An export whose limits can be changed while it is served: see [`Export::throttle`]. `groups` are those whose
+    /// limits lie below its own.
+    pub fn throttled(
+        name: impl Into<String>,
+        description: Option<String>,
+        stack: Throttle,
+        groups: Vec<(String, ThrottleHandle)>,
+    ) -> Arc<Self> {
         let throttle = Some(stack.handle());
-        Export::of(name.into(), description, Arc::new(stack), throttle)
+        Export::of(name.into(), description, Arc::new(stack), throttle, groups)
     }
 
     fn of(
@@ -65,10 +73,11 @@ impl Export {
         description: Option<String>,
         backend: Arc<dyn Backend>,
         throttle: Option<ThrottleHandle>,
+        groups: Vec<(String, ThrottleHandle)>,
     ) -> Arc<Self> {
         let size = watch::Sender::new(backend.geometry().size);
         let (stats, resizing) = (Stats::new(), Mutex::new(()));
-        Arc::new(Export { name, description, backend, stats, throttle, resizing, size })
+        Arc::new(Export { name, description, backend, stats, throttle, groups, resizing, size })
     }
 
     /// The same export for a door that must not write: one name, one backend, one set of counters and limits, one
@@ -80,6 +89,7 @@ impl Export {
             backend: Arc::new(ReadOnly::over(self.backend.clone())),
             stats: self.stats.clone(),
             throttle: self.throttle.clone(),
+            groups: self.groups.clone(),
             resizing: Mutex::new(()),
             size: self.size.clone(),
         })
@@ -108,6 +118,11 @@ impl Export {
     /// What changes its limits; None where it was made without.
     pub fn throttle(&self) -> Option<&ThrottleHandle> {
         self.throttle.as_ref()
+    }
+
+    /// What changes limits that it shares with others, by their names.
+    pub fn throttle_groups(&self) -> &[(String, ThrottleHandle)] {
+        &self.groups
     }
 
     /// Executes a read or write now, or declines with None: then [`Export::execute`] is the way. `arrived` is
@@ -266,7 +281,32 @@ impl Export {
         Ok(())
     }
 
-    /// The size in bytes, and each change of it by [`Export::resize`].
+    /// Makes the export `size` bytes long, where it is longer; what lies past that is gone. Only for a door that is alone
+    /// with the export and has no request in flight: what was checked against the old size may lie past the new one.
+    /// Not cancel-safe.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `NotSupported` where the source cannot shrink; the source's own.
+    pub async fn shrink_to(&self, size: u64) -> Result<()> {
+        let _alone = self.resizing.lock().await;
+        let geometry = self.geometry();
+        if geometry.read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        if size >= geometry.size {
+            return Ok(());
+        }
+        if !geometry.capabilities.contains(Capabilities::SHRINK) {
+            return Err(Error::new(ErrorKind::NotSupported, "the source cannot shrink"));
+        }
+        debug_assert!(size.is_multiple_of(u64::from(geometry.min_block)), "who can shrink has no blocks");
+        self.backend.shrink(size).await?;
+        tracing::info!(export = self.name, from = geometry.size, to = size, "the export has shrunk");
+        self.size.send_replace(size);
+        Ok(())
+    }
+
+    /// The size in bytes, and each change of it.
     pub fn watch_size(&self) -> watch::Receiver<u64> {
         self.size.subscribe()
     }
@@ -343,47 +383,4 @@ fn check_alignment(request: &Request, geometry: &Geometry) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::memory::MemoryBackend;
-    use crate::layer::ThrottleConfig;
-
-    fn call(export: &Export, operation: Operation, data: Data<'_>) -> Result<()> {
-        let len = match &data {
-            Data::Into(buf) => buf.len(),
-            Data::From(data) => data.len(),
-            Data::Piped(data) => data.len,
-        };
-        let request = Request { operation, offset: 0, len: len as u64, flags: Flags::NONE };
-        export.try_execute(&request, data, Instant::now()).expect("memory never declines")
-    }
-
-    #[test]
-    fn a_read_only_view_shares_all_but_the_right_to_write() {
-        let config = "iops-total=1000000".parse::<ThrottleConfig>().unwrap();
-        let stack = Throttle::new(Box::new(MemoryBackend::new(4096)), config).unwrap();
-        let export = Export::throttled("disk", Some("words".to_owned()), stack);
-        let view = export.read_only_view();
-        assert_eq!((view.name(), view.description()), ("disk", Some("words")));
-        assert!(view.geometry().read_only() && !export.geometry().read_only());
-        let refusal = call(&view, Operation::Write, Data::From(&[1; 512])).unwrap_err();
-        assert_eq!(refusal.kind(), ErrorKind::ReadOnly);
-        call(&export, Operation::Write, Data::From(&[7; 512])).unwrap();
-        let mut seen = [0; 512];
-        call(&view, Operation::Read, Data::Into(&mut seen)).unwrap();
-        assert_eq!(seen, [7; 512]);
-        let counts = |export: &Export| {
-            let [read, write] = [Operation::Read, Operation::Write].map(|which| export.stats().of(which));
-            (read.count, write.count, write.errors)
-        };
-        assert_eq!(counts(&export), (1, 2, 1));
-        assert_eq!(counts(&view), (1, 2, 1));
-        let sizes = view.watch_size();
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(export.resize(8192)).unwrap();
-        assert_eq!((*sizes.borrow(), view.geometry().size), (8192, 8192));
-        assert_eq!(runtime.block_on(view.resize(16_384)).unwrap_err().kind(), ErrorKind::ReadOnly);
-        view.throttle().unwrap().set(ThrottleConfig::default()).unwrap();
-        assert_eq!(export.throttle().unwrap().config(), ThrottleConfig::default());
-    }
-}
+mod tests;

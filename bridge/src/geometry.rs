@@ -34,6 +34,8 @@ impl Capabilities {
     pub const GROW: Capabilities = Capabilities(1 << 10);
     /// `Backend::allocate` reserves space.
     pub const ALLOCATE: Capabilities = Capabilities(1 << 11);
+    /// `Backend::shrink` makes the source shorter.
+    pub const SHRINK: Capabilities = Capabilities(1 << 12);
 
     /// Whether all bits of `other` are set.
     pub const fn contains(self, other: Capabilities) -> bool {

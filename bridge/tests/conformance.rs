@@ -38,6 +38,7 @@ conformance! {
     limits::the_geometry_makes_sense on ALL;
     limits::a_read_or_write_without_its_buffer_fails_alone on ALL;
     size::a_disk_that_can_grow_does on ALL;
+    size::a_disk_that_can_shrink_does on ALL;
     size::space_can_be_reserved on ALL;
     paths::both_paths_give_the_same on ALL;
     paths::file_ranges_hold_what_reads_give on ALL;

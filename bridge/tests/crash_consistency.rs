@@ -10,6 +10,7 @@ mod support;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bridge::backend::crash::{CrashBackend, CrashHandle, SECTOR_BYTES};
 use bridge::backend::memory::MemoryBackend;
@@ -19,7 +20,7 @@ use bridge::{Backend, Export, Flags};
 
 use support::disk::PATHS;
 use support::stacks::{fault, memory, throttle};
-use support::{Disk, Kind, run, seed};
+use support::{Disk, Kind, for_seeds, run, seed};
 
 const TASKS: u64 = 32;
 const SECTORS_PER_TASK: u64 = 48;
@@ -228,14 +229,11 @@ async fn exercise(stack: &'static Stack, seed: u64, skips_flushes: bool) -> usiz
 
 #[test]
 fn nothing_flushed_or_written_with_fua_is_lost() {
-    let seed = seed();
-    for stack in STACKS {
-        let name = stack.name;
-        println!("stack: {name}");
-        for round in 0..4 {
-            assert_eq!(run(exercise(stack, seed * 10 + round, false)), 0, "{name}, round {round}");
+    for_seeds(Duration::from_secs(8), |seed| {
+        for stack in STACKS {
+            assert_eq!(run(exercise(stack, seed, false)), 0, "{}, seed {seed}", stack.name);
         }
-    }
+    });
 }
 
 #[test]

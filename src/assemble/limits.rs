@@ -15,6 +15,9 @@ use bridge::layer::{Throttle, ThrottleConfig, ThrottleHandle};
 
 use crate::cli::{ExportArg, UsageError};
 
+/// Limits by the names of their groups.
+type Named = Vec<(String, ThrottleHandle)>;
+
 /// What all `--throttle` options together say.
 pub(super) struct Limits {
     /// Of each export by itself: the export, or None for every one; then its settings.
@@ -81,16 +84,18 @@ impl Limits {
         Ok(())
     }
 
-    /// Puts an export behind its limits: the ones of its groups, and above them its own.
+    /// Puts an export behind its limits: the ones of its groups, which are given by their names, and above them its own.
     ///
     /// # Errors
     /// One line, where words that are right by themselves are not so together.
-    pub(super) fn lay(&self, mut stack: Box<dyn Backend>, export: &str) -> Result<Throttle> {
+    pub(super) fn lay(&self, mut stack: Box<dyn Backend>, export: &str) -> Result<(Throttle, Named)> {
+        let mut groups = Vec::new();
         for group in &self.groups {
             let member =
                 group.members.is_empty() || group.members.iter().flatten().any(|name| name == export);
             if let (true, Some(shared)) = (member, &group.shared) {
                 stack = Box::new(Throttle::join(stack, shared));
+                groups.push((group.name.clone(), shared.clone()));
             }
         }
         // What is said of one export counts over what is said of every one.
@@ -99,7 +104,7 @@ impl Limits {
             let own = self.own.iter().filter(|(name, _)| name.as_deref() == member);
             settings.extend(own.map(|(_, settings)| settings.as_str()));
         }
-        Throttle::new(stack, config(&settings.join(","))?).map_err(usage)
+        Ok((Throttle::new(stack, config(&settings.join(","))?).map_err(usage)?, groups))
     }
 }
 
@@ -131,7 +136,7 @@ mod tests {
     /// How many reads each of the exports can make at once, in this order.
     fn at_once(options: &[&str], order: &[&str]) -> Vec<usize> {
         let limits = parse(options).unwrap();
-        let stack = |name: &&str| limits.lay(Box::new(NullBackend::new(1 << 30)), name).unwrap();
+        let stack = |name: &&str| limits.lay(Box::new(NullBackend::new(1 << 30)), name).unwrap().0;
         let stacks: Vec<_> = order.iter().map(stack).collect();
         let reads = |stack: &Throttle| {
             (0..5000).take_while(|_| stack.try_read(0, &mut [0], Flags::NONE).is_some()).count()
@@ -162,6 +167,14 @@ mod tests {
         about(&at_once(&["group=g,iops-total=100"], &["a", "b", ""]), &[11, 0, 0]);
         about(&at_once(&["group=g,export=a,iops-total=100", "group=g,export=b"], &["b", "a"]), &[11, 0]);
         assert_eq!(at_once(&["group=g,export=a,export=b,iops-total=100"], &[""]), [5000]);
+        let limits = parse(&["group=g,iops-total=5", "group=h,export=a,bps-read=7"]).unwrap();
+        let groups = |name: &str| -> Vec<(String, String)> {
+            let (_, groups) = limits.lay(Box::new(NullBackend::new(1)), name).unwrap();
+            groups.into_iter().map(|(name, shared)| (name, shared.config().to_string())).collect()
+        };
+        let named = |name: &str, config: &str| (name.to_owned(), config.to_owned());
+        assert_eq!(groups("a"), [named("g", "iops-total=5"), named("h", "bps-read=7")]);
+        assert_eq!(groups("b"), [named("g", "iops-total=5")]);
         about(&at_once(&["group=g,iops-total=500", "export=a,iops-total=100"], &["a", "b"]), &[11, 40]);
     }
 

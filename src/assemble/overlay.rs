@@ -1,6 +1,7 @@
 //! `--snapshot` and `--overlay`: the files behind an overlay.
 
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -31,6 +32,19 @@ pub(super) fn lay(
         OverlayArg::Temporary => temporary(base, source, args)?,
         OverlayArg::Keep(path) => keep(base, path, source, args)?,
     }))
+}
+
+/// An overlay in the place of the image that it leaves alone would be the image.
+pub(super) fn refuse_onto_itself(overlay: &OverlayArg, source: &Source) -> Result<()> {
+    let (OverlayArg::Keep(path), Source::Path(image)) = (overlay, source) else { return Ok(()) };
+    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    if identity(path).is_some_and(|overlay| Some(overlay) == identity(image)) {
+        bail!(
+            "{}: is the image itself; name another file for --overlay, which need not exist yet",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// The file has no name from the beginning, or for a moment only: whatever ends this process ends it too.

@@ -35,7 +35,7 @@ impl Plan {
     /// One line that names the flag to change.
     pub(super) fn new(args: &BenchArgs, export: &Negotiated) -> Result<Plan> {
         let (info, block_size) = (&export.info, u64::from(args.block_size));
-        let human = |bytes: u32| size::human(u64::from(bytes));
+        let exact = |bytes: u32| size::exact(u64::from(bytes));
         if args.writes() && info.flags.contains(TransmissionFlags::READ_ONLY) {
             bail!("the export is read-only; leave out --write");
         }
@@ -43,13 +43,13 @@ impl Plan {
             bail!("the server knows no flush; leave out --flush-every");
         }
         if !args.block_size.is_multiple_of(info.min_block) {
-            bail!("the server wants multiples of {}; change --block-size", human(info.min_block));
+            bail!("the server wants multiples of {}; change --block-size", exact(info.min_block));
         }
         if args.block_size > info.max_payload {
-            bail!("the server takes at most {} in a request; change --block-size", human(info.max_payload));
+            bail!("the server takes at most {} in a request; change --block-size", exact(info.max_payload));
         }
         if !args.offset.is_multiple_of(u64::from(info.min_block)) {
-            bail!("the server wants multiples of {}; change --offset", human(info.min_block));
+            bail!("the server wants multiples of {}; change --offset", exact(info.min_block));
         }
         let Some(room) = info.size.checked_sub(args.offset) else {
             bail!("--offset is past the export's end at {} bytes", info.size);
@@ -60,7 +60,7 @@ impl Plan {
         }
         let blocks = length / block_size;
         if blocks == 0 {
-            bail!("no block of {} fits into the range", human(args.block_size));
+            bail!("no block of {} fits into the range", exact(args.block_size));
         }
         let written = if args.verify && args.writes() { Some(memory(args, export, blocks)?) } else { None };
         Ok(Plan {

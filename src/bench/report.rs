@@ -23,7 +23,7 @@ impl Report<'_> {
     pub(super) fn text(&self) -> String {
         let (args, tally) = (self.args, self.tally);
         let mut text = format!(
-            "{}: {} of {}, {} replies\n{} connection{}, {} deep, {} {} blocks, seed {:#x}\n",
+            "{}: {} of {}, {} replies\n{} connection{}, {} deep, {} blocks of {}, seed {:#x}\n",
             args.uri,
             size::human(self.plan.bytes()),
             size::human(self.export.info.size),
@@ -32,7 +32,7 @@ impl Report<'_> {
             if args.connections == 1 { "" } else { "s" },
             args.depth,
             self.access(),
-            size::human(args.block_size.into()),
+            size::exact(args.block_size.into()),
             args.seed,
         );
         for kind in Kind::ALL {
@@ -141,7 +141,7 @@ impl Report<'_> {
             bail!(
                 "no block was checked: none that was read carries the pattern of seed {:#x} in blocks of {}",
                 self.args.seed,
-                size::human(self.args.block_size.into())
+                size::exact(self.args.block_size.into())
             );
         }
         Ok(())

@@ -24,6 +24,8 @@ pub(crate) enum AskAction {
     Throttle {
         /// Which.
         export: String,
+        /// Not its own, but those that it shares with this group.
+        group: Option<String>,
         /// What with them.
         wish: LimitsWish,
         /// As JSON.
@@ -85,7 +87,7 @@ pub(super) struct ThrottleCommand {
     export: String,
 
     /// Limits to change, as in iops-total=1000 bps-read=50M, with the keys of --throttle; 0 takes one away, and `off`
-    /// all of them. Without any, they are shown
+    /// all of them. After group=NAME, those of a group, for all exports in it. Without any, they are shown
     #[arg(value_name = "KEY=VALUE")]
     limits: Vec<String>,
 
@@ -128,13 +130,24 @@ impl StatsCommand {
 impl ThrottleCommand {
     /// The typed values. Commas separate settings too, as in --throttle.
     pub(super) fn into_action(self) -> Result<AskAction, UsageError> {
-        let words: Vec<_> = self.limits.iter().flat_map(|word| word.split(',')).collect();
-        let wish = match &words[..] {
-            [] => LimitsWish::Show,
-            ["off"] => LimitsWish::Off,
+        let (mut group, mut words) = (None, Vec::new());
+        for word in self.limits.iter().flat_map(|word| word.split(',')) {
+            match word.trim().strip_prefix("group=") {
+                Some(name) if group.is_none() => group = Some(name.to_owned()),
+                Some(_) => return Err(UsageError::new("one group at a time")),
+                None => words.push(word),
+            }
+        }
+        let wish = match (&words[..], &group) {
+            ([], None) => LimitsWish::Show,
+            ([], Some(name)) => {
+                let words = "say what its limits become, as in iops-total=1000, or `off`";
+                return Err(UsageError::new(format!("group={name}: {words}")));
+            }
+            (["off"], _) => LimitsWish::Off,
             _ => LimitsWish::Change(words.into_iter().map(pair).collect::<Result<_, _>>()?),
         };
-        Ok(AskAction::Throttle { export: self.export, wish, json: self.json })
+        Ok(AskAction::Throttle { export: self.export, group, wish, json: self.json })
     }
 }
 

@@ -95,9 +95,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
         }
         Format::Vmdk => return Err(only_read(args.format)),
     };
-    let size = size::human(bytes);
+    let size = size::full(bytes);
     // The image is made, whether or not somebody listens.
-    let _ = writeln!(io::stdout(), "{}: {} image, {size} ({bytes} bytes)", args.path.display(), args.format);
+    let _ = writeln!(io::stdout(), "{}: {} image, {size}", args.path.display(), args.format);
     Ok(())
 }
 
@@ -164,6 +164,6 @@ fn open_error(path: &Path, error: io::Error) -> anyhow::Error {
                 path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             anyhow!("{}: its folder {} does not exist; make it first", path.display(), folder.display())
         }
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", source: error }.into(),
+        _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", error }.into(),
     }
 }

@@ -18,7 +18,7 @@ pub(crate) struct FuseArgs {
     pub(crate) file: PathBuf,
     /// Other users may use it.
     pub(crate) allow_other: bool,
-    /// A write past the end makes the source longer.
+    /// A write past the end makes the source longer, and truncating changes its size.
     pub(crate) growable: bool,
     /// Threads that answer the kernel; None for as many as do well.
     pub(crate) threads: Option<usize>,
@@ -65,7 +65,8 @@ struct FuseFlags {
     #[arg(long)]
     allow_other: bool,
 
-    /// A write past the end makes SOURCE longer
+    /// SOURCE becomes longer with what is written past its end or truncated, and a raw image shorter, too (truncate, dd
+    /// without conv=notrunc)
     #[arg(long)]
     growable: bool,
 

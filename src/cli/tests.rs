@@ -255,17 +255,30 @@ fn what_running_servers_are_asked() {
     assert_eq!(ask("ps"), Some(AskAction::Ps { json: false }));
     assert_eq!(ask("stats --json"), Some(AskAction::Stats { export: None, json: true }));
     assert_eq!(ask("stats a"), Some(AskAction::Stats { export: Some("a".into()), json: false }));
-    let throttle = |wish| Some(AskAction::Throttle { export: "a".into(), wish, json: false });
+    let throttle = |wish| Some(AskAction::Throttle { export: "a".into(), group: None, wish, json: false });
     assert_eq!(ask("throttle a"), throttle(LimitsWish::Show));
     assert_eq!(ask("throttle a off"), throttle(LimitsWish::Off));
     let pairs = [("iops-total", "5"), ("bps-read", "1M"), ("x", "y=z")];
     let pairs = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
     assert_eq!(ask("throttle a iops-total=5,bps-read=1M x=y=z"), throttle(LimitsWish::Change(pairs)));
+    let mut of_group = throttle(LimitsWish::Off);
+    if let Some(AskAction::Throttle { group, .. }) = &mut of_group {
+        *group = Some("g".to_owned());
+    }
+    assert_eq!(ask("throttle a group=g off"), of_group);
     let resize = AskAction::Resize { export: "1:".into(), size: 3 << 20, json: true };
     assert_eq!(ask("resize 1: 3M --json"), Some(resize));
-    for line in
-        ["ps x", "stats a b", "throttle", "throttle a b", "throttle a off x=1", "resize a", "resize a x"]
-    {
+    for line in [
+        "ps x",
+        "stats a b",
+        "throttle",
+        "throttle a b",
+        "throttle a group=g",
+        "throttle a group=g,group=h,off",
+        "throttle a off x=1",
+        "resize a",
+        "resize a x",
+    ] {
         assert_eq!(ask(line), None, "{line}");
     }
 }

@@ -49,6 +49,8 @@ pub(crate) struct UblkArgs {
     pub(crate) io_timeout: Option<Duration>,
     /// The kernel copies data, as before 6.5.
     pub(crate) kernel_copy: bool,
+    /// The kernel fills large reads by itself, where it can.
+    pub(crate) zero_copy: bool,
 }
 
 /// A device to be taken over: what it was made of is remembered elsewhere.
@@ -143,6 +145,10 @@ struct DeviceFlags {
     #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = values::parse_duration)]
     io_timeout: Duration,
 
+    /// Let the kernel fill large reads from the file's pages, without a copy, where it can do that
+    #[arg(long, conflicts_with_all = ["unprivileged", "kernel_copy"])]
+    zero_copy: bool,
+
     /// Let the kernel copy the data, as Linux before 6.5 does
     #[arg(long, hide = true)]
     kernel_copy: bool,
@@ -203,6 +209,7 @@ impl UblkCommand {
             supervisor: None,
             io_timeout: (!device.io_timeout.is_zero()).then_some(device.io_timeout),
             kernel_copy: device.kernel_copy,
+            zero_copy: device.zero_copy,
         };
         Ok(Action::Ublk(Box::new(ServeArgs {
             exports,

@@ -32,7 +32,9 @@ pub(crate) fn run(action: &AskAction) -> Result<()> {
         match action {
             AskAction::Ps { json } => ps(&servers, *json),
             AskAction::Stats { export, json } => stats(&servers, export.as_deref(), *json).await,
-            AskAction::Throttle { export, wish, json } => throttle(servers.find(export)?, wish, *json).await,
+            AskAction::Throttle { export, group, wish, json } => {
+                throttle(servers.find(export)?, group.as_deref(), wish, *json).await
+            }
             AskAction::Resize { export, size, json } => resize(servers.find(export)?, *size, *json).await,
         }
     })
@@ -94,7 +96,7 @@ struct StatsRow<'a> {
 
 async fn stats(servers: &Servers, export: Option<&str>, json: bool) -> Result<()> {
     let targets: Vec<Target<'_>> = match export {
-        Some(text) => vec![servers.find(text)?],
+        Some(text) => servers.find_all(text)?,
         None => {
             complain(servers);
             servers.targets().collect()
@@ -145,8 +147,12 @@ fn stats_row(name: &str, count: &OperationCount) -> Vec<String> {
     row
 }
 
-async fn throttle(target: Target<'_>, wish: &LimitsWish, json: bool) -> Result<()> {
-    let (socket, path) = (&target.server.socket, path("throttle", &target.export.name));
+async fn throttle(target: Target<'_>, group: Option<&str>, wish: &LimitsWish, json: bool) -> Result<()> {
+    let (socket, mut path) = (&target.server.socket, path("throttle", &target.export.name));
+    if let Some(group) = group {
+        path.push_str("&group=");
+        path.extend(form_urlencoded::byte_serialize(group.as_bytes()));
+    }
     let answer: Result<Throttle, _> = match wish {
         LimitsWish::Show => client::get(socket, &path).await,
         LimitsWish::Off => client::call(socket, Method::DELETE, &path, Bytes::new()).await,
@@ -157,14 +163,24 @@ async fn throttle(target: Target<'_>, wish: &LimitsWish, json: bool) -> Result<(
         }
     };
     let answer = answer.map_err(|error| explain(target.server, error))?;
-    if json { print_json(&answer) } else { print(&limits_text(&answer.limits)) }
+    if json { print_json(&answer) } else { print(&limits_text(&answer)) }
 }
 
-fn limits_text(limits: &Limits) -> String {
-    if limits.is_empty() {
-        return "no limits\n".to_owned();
-    }
-    limits.iter().map(|(key, value)| format!("{key}={value}\n")).collect()
+/// Lines that read like the words that make them so.
+fn limits_text(throttle: &Throttle) -> String {
+    let lines = |prefix: &str, limits: &Limits| -> String {
+        if limits.is_empty() {
+            return format!("{prefix}no limits\n");
+        }
+        limits.iter().map(|(key, value)| format!("{prefix}{key}={value}\n")).collect()
+    };
+    let groups = throttle.groups.iter();
+    let shared = groups.map(|(name, limits)| lines(&format!("group={} ", printable(name)), limits));
+    let own = match (throttle.limits.is_empty(), throttle.groups.is_empty()) {
+        (true, false) => "no limits of its own\n".to_owned(),
+        _ => lines("", &throttle.limits),
+    };
+    own + &shared.collect::<String>()
 }
 
 async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
@@ -283,6 +299,14 @@ mod tests {
     fn tables_are_aligned_and_harmless() {
         let rows = [vec!["A".to_owned(), "B".to_owned()], vec![printable("x\x1b[2J"), "y".to_owned()]];
         assert_eq!(table(&rows), "A           B\nx\\u{1b}[2J  y\n");
-        assert_eq!(limits_text(&Limits::from([("iops-total".to_owned(), 5)])), "iops-total=5\n");
+        let limits = |pairs: &[(&str, u64)]| pairs.iter().map(|(key, n)| ((*key).to_owned(), *n)).collect();
+        let groups = [("g", limits(&[("bps-read", 7)])), ("h\n", limits(&[]))];
+        let throttle = Throttle {
+            export: "x".to_owned(),
+            limits: limits(&[("iops-read", 1), ("iops-write", 2)]),
+            groups: groups.map(|(name, limits)| (name.to_owned(), limits)).into(),
+        };
+        let text = "iops-read=1\niops-write=2\ngroup=g bps-read=7\ngroup=h\\n no limits\n";
+        assert_eq!(limits_text(&throttle), text);
     }
 }

@@ -97,6 +97,22 @@ impl Servers {
             .flat_map(|server| server.instance.exports.iter().map(move |export| Target { server, export }))
     }
 
+    /// Those that `text` means: all exports of a process where it is the number of one, else as [`Servers::find`].
+    ///
+    /// # Errors
+    /// As [`Servers::find`].
+    pub(super) fn find_all(&self, text: &str) -> Result<Vec<Target<'_>>> {
+        let is_name = self.targets().any(|target| target.export.name == text);
+        let all = if is_name { Vec::new() } else { self.of_process(text) };
+        if all.is_empty() { Ok(vec![self.find(text)?]) } else { Ok(all) }
+    }
+
+    /// The exports of the process with this number; none where it is no such number.
+    fn of_process(&self, text: &str) -> Vec<Target<'_>> {
+        let is_it = |target: &Target<'_>| text.parse() == Ok(target.server.instance.pid);
+        self.targets().filter(is_it).collect()
+    }
+
     /// The one that `text` means.
     ///
     /// # Errors
@@ -121,6 +137,10 @@ impl Servers {
                 [one] => return Ok(*one),
                 many => bail!("`{text}` is served {} times; say which: {}", many.len(), list(many)),
             }
+        }
+        let several = self.of_process(text);
+        if !several.is_empty() {
+            bail!("process {text} has {} exports; say which: {}", several.len(), list(&several));
         }
         let all: Vec<_> = self.targets().collect();
         match (&all[..], &self.silent[..]) {
@@ -182,6 +202,7 @@ mod tests {
             size: 1,
             read_only: false,
             limits: Default::default(),
+            groups: Default::default(),
         });
         let instance =
             Instance { pid, version: "1".into(), started: 0, exports: exports.collect(), doors: vec![door] };
@@ -198,6 +219,7 @@ mod tests {
                 server(11, &[("a", "/srv/c.img", "/dev/ublkb1")]),
                 server(12, &[("", &here, "nbd+unix:///?socket=/s")]),
                 server(13, &[("10", "/srv/c.img", "/mnt/file"), ("", "null:1", "")]),
+                server(14, &[("a", "mem:5", ""), ("c", "mem:6", "")]),
             ],
             silent: Vec::new(),
         };
@@ -216,11 +238,12 @@ mod tests {
             ("x.img", "12"),
             (&here, "12"),
             ("mem:1", "10:b"),
-            ("a", "10:a (/srv/a.img), 11:a (/srv/c.img)"),
+            ("a", "10:a (/srv/a.img), 11:a (/srv/c.img), 14:a (mem:5)"),
             ("", "12 ("),
             ("/srv/c.img", "11:a (/srv/c.img), 13:10 (/srv/c.img)"),
             ("13", "13:"),
             ("10:c", "there is 10:a"),
+            ("14", "process 14 has 2 exports; say which: 14:a (mem:5), 14:c (mem:6)"),
         ] {
             match servers.find(text) {
                 Ok(target) => assert_eq!(target.id(), id, "{text}"),
@@ -233,6 +256,13 @@ mod tests {
                 }
             }
         }
+        for (text, ids) in
+            [("14", &["14:a", "14:c"][..]), ("13", &["13:10", "13:"]), ("11", &["11:a"]), ("10", &["13:10"])]
+        {
+            let found: Vec<_> = servers.find_all(text).unwrap().iter().map(Target::id).collect();
+            assert_eq!(found, ids, "{text}");
+        }
+        assert!(servers.find_all("a").is_err());
     }
 
     #[test]

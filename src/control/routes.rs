@@ -4,9 +4,10 @@
 //! |---|---|
 //! | `GET /v1/instance` | the process, its exports, doors and clients |
 //! | `GET /v1/stats[?export=NAME]` | counters of one export or of all |
-//! | `GET /v1/throttle?export=NAME` | the limits that are set |
+//! | `GET /v1/throttle?export=NAME` | the limits that are set, its own and those of its groups |
 //! | `PATCH /v1/throttle?export=NAME` | body `{"iops-total": 100, "bps-read": "50M"}`: these limits change, 0 takes one away |
-//! | `DELETE /v1/throttle?export=NAME` | no limit any more |
+//! | `DELETE /v1/throttle?export=NAME` | no limit of its own any more |
+//! | `PATCH`, `DELETE /v1/throttle?export=NAME&group=GROUP` | the same for the limits that it shares with a group |
 //! | `POST /v1/resize?export=NAME` | body `{"size": BYTES}`: the export grows |
 //!
 //! `export` may be left out where there is one. A failure is `{"error": "one line"}`.
@@ -28,6 +29,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::Site;
+use super::guests::Progress;
 use super::wire::{
     DoorInfo, ExportInfo, ExportStats, Failure, Instance, Limits, ResizeWish, Resized, Throttle,
 };
@@ -93,8 +95,12 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let progress = request.extensions().get::<Progress>().cloned();
         match tokio::time::timeout(BODY_LIMIT, Bytes::from_request(request, state)).await {
-            Ok(Ok(body)) => Ok(Body(body)),
+            Ok(Ok(body)) => {
+                progress.inspect(Progress::begin);
+                Ok(Body(body))
+            }
             Ok(Err(error)) => Err(Refusal(error.status(), error.body_text())),
             Err(_) => Err(Refusal(StatusCode::REQUEST_TIMEOUT, "the body does not come".to_owned())),
         }
@@ -105,13 +111,19 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 #[derive(Deserialize)]
 struct Which {
     export: Option<String>,
+    /// Of its limits, those of this group.
+    group: Option<String>,
 }
 
 type WhichExport = Result<Query<Which>, QueryRejection>;
 
+fn group_of(which: &WhichExport) -> Option<String> {
+    which.as_ref().ok().and_then(|Query(which)| which.group.clone())
+}
+
 impl Site {
     fn find(&self, which: WhichExport) -> Result<&Arc<Export>, Refusal> {
-        let Query(Which { export: name }) = which?;
+        let Query(Which { export: name, .. }) = which?;
         let mut exports = self.exports.iter().map(|(export, _)| export);
         let found = match (&name, &*self.exports) {
             (None, [(only, _)]) => Some(only),
@@ -159,11 +171,12 @@ fn describe(export: &Export, source: &str) -> ExportInfo {
         size: geometry.size,
         read_only: geometry.read_only(),
         limits: export.throttle().map(limits_of).unwrap_or_default(),
+        groups: groups_of(export),
     }
 }
 
 async fn stats(State(site): State<Arc<Site>>, which: WhichExport) -> Answer<Vec<ExportStats>> {
-    if matches!(&which, Ok(Query(Which { export: None }))) {
+    if matches!(&which, Ok(Query(Which { export: None, .. }))) {
         return Ok(Json(site.exports.iter().map(|(export, _)| ExportStats::of(export)).collect()));
     }
     Ok(Json(vec![ExportStats::of(site.find(which)?)]))
@@ -173,20 +186,35 @@ fn limits_of(throttle: &ThrottleHandle) -> Limits {
     throttle.config().settings().into_iter().collect()
 }
 
-fn throttle_of(export: &Export) -> Result<&ThrottleHandle, Refusal> {
-    export.throttle().ok_or_else(|| {
-        let message = "this export was made without limits, and takes none".to_owned();
-        Refusal(StatusCode::CONFLICT, message)
+fn groups_of(export: &Export) -> BTreeMap<String, Limits> {
+    export.throttle_groups().iter().map(|(name, shared)| (name.clone(), limits_of(shared))).collect()
+}
+
+/// The export's own limits, or those of one of its groups.
+fn throttle_of<'a>(export: &'a Export, group: Option<&str>) -> Result<&'a ThrottleHandle, Refusal> {
+    let Some(group) = group else {
+        return export.throttle().ok_or_else(|| {
+            let message = "this export was made without limits, and takes none".to_owned();
+            Refusal(StatusCode::CONFLICT, message)
+        });
+    };
+    let groups = export.throttle_groups();
+    let found = groups.iter().find(|(name, _)| name == group).map(|(_, shared)| shared);
+    found.ok_or_else(|| {
+        let names: Vec<_> = groups.iter().map(|(name, _)| format!("`{name}`")).collect();
+        let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        let message = format!("the export is in no group `{group}`; its groups: {names}");
+        Refusal(StatusCode::NOT_FOUND, message)
     })
 }
 
-fn tell_limits(export: &Export, throttle: &ThrottleHandle) -> Json<Throttle> {
-    Json(Throttle { export: export.name().to_owned(), limits: limits_of(throttle) })
+fn tell_limits(export: &Export) -> Result<Json<Throttle>, Refusal> {
+    let limits = limits_of(throttle_of(export, None)?);
+    Ok(Json(Throttle { export: export.name().to_owned(), limits, groups: groups_of(export) }))
 }
 
 async fn limits(State(site): State<Arc<Site>>, which: WhichExport) -> Answer<Throttle> {
-    let export = site.find(which)?;
-    Ok(tell_limits(export, throttle_of(export)?))
+    tell_limits(site.find(which)?)
 }
 
 async fn change_limits(
@@ -194,15 +222,16 @@ async fn change_limits(
     which: WhichExport,
     Body(body): Body,
 ) -> Answer<Throttle> {
+    let group = group_of(&which);
     let export = site.find(which)?;
-    let throttle = throttle_of(export)?;
+    let throttle = throttle_of(export, group.as_deref())?;
     let changes: BTreeMap<String, serde_json::Value> = read_json(&body)?;
     let mut config = throttle.config();
     let text = changes.iter().map(|(key, value)| setting(key, value)).collect::<Result<Vec<_>, _>>()?;
     config = config.changed(&text.join(","))?;
     throttle.set(config)?;
-    tracing::info!(export = export.name(), limits = %config, "limits changed");
-    Ok(tell_limits(export, throttle))
+    tracing::info!(export = export.name(), group, limits = %config, "limits changed");
+    tell_limits(export)
 }
 
 /// One `key=value` in the throttle's own form; a value is a number, or a text with a unit.
@@ -222,11 +251,11 @@ fn setting(key: &str, value: &serde_json::Value) -> Result<String, Refusal> {
 }
 
 async fn drop_limits(State(site): State<Arc<Site>>, which: WhichExport) -> Answer<Throttle> {
+    let group = group_of(&which);
     let export = site.find(which)?;
-    let throttle = throttle_of(export)?;
-    throttle.set(ThrottleConfig::default())?;
-    tracing::info!(export = export.name(), "limits dropped");
-    Ok(tell_limits(export, throttle))
+    throttle_of(export, group.as_deref())?.set(ThrottleConfig::default())?;
+    tracing::info!(export = export.name(), group, "limits dropped");
+    tell_limits(export)
 }
 
 async fn resize(State(site): State<Arc<Site>>, which: WhichExport, Body(body): Body) -> Answer<Resized> {

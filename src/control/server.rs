@@ -7,17 +7,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
+use hyper::Request;
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use super::folder::{self, OwnSocket};
+use super::guests::{Guests, Progress};
 use super::{Site, routes};
-
-/// Clients at the same time; more wait to be accepted.
-const CLIENTS: usize = 16;
 
 /// Time for a request's head.
 const HEAD_LIMIT: Duration = Duration::from_secs(2);
@@ -93,12 +94,12 @@ async fn run(listener: StdListener, site: Site, stopped: oneshot::Receiver<()>) 
 }
 
 async fn accept(listener: UnixListener, router: Router) {
-    let room = Arc::new(Semaphore::new(CLIENTS));
+    let mut guests = Guests::default();
     loop {
-        let Ok(permit) = room.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) if is_welcome(&stream) => {
-                tokio::spawn(serve(stream, router.clone(), permit));
+                guests.make_room().await;
+                guests.admit(|progress| serve(stream, router.clone(), progress));
             }
             Ok(_) => {}
             Err(error) => {
@@ -116,13 +117,27 @@ fn is_welcome(stream: &UnixStream) -> bool {
 }
 
 /// One client, one request.
-async fn serve(stream: UnixStream, router: Router, _permit: OwnedSemaphorePermit) {
+async fn serve(stream: UnixStream, router: Router, progress: Progress) {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        if request.body().is_end_stream() {
+            progress.begin();
+        }
+        // Where there is a body, whoever has read it says so.
+        request.extensions_mut().insert(progress.clone());
+        let (answer, progress) = (router.call(request), progress.clone());
+        async move {
+            let answer = answer.await;
+            progress.end();
+            answer
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(HEAD_BYTES)
         .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     match tokio::time::timeout(CLIENT_LIMIT, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket was dropped"),

@@ -30,6 +30,9 @@ pub(crate) struct ExportInfo {
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     pub(crate) limits: Limits,
+    /// Limits that it shares with other exports, by the group's name.
+    #[serde(default)]
+    pub(crate) groups: BTreeMap<String, Limits>,
 }
 
 /// Throttle keys that are set; none of them means no limit.
@@ -116,11 +119,14 @@ pub(crate) struct Bucket {
 /// The longest time in microseconds that has an upper bound.
 pub(crate) const LAST_BOUND_US: u64 = 1 << (LATENCY_BUCKETS - 2);
 
-/// `GET` and `PATCH /v1/throttle`.
+/// Any answer of `/v1/throttle`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Throttle {
     pub(crate) export: String,
     pub(crate) limits: Limits,
+    /// As in [`ExportInfo::groups`].
+    #[serde(default)]
+    pub(crate) groups: BTreeMap<String, Limits>,
 }
 
 /// The body of `POST /v1/resize`.

@@ -17,10 +17,11 @@ use anyhow::{Context, Result, bail, ensure};
 use bridge::{Budget, Capabilities, Export, LocalFuture};
 use fuser::{Config, Session, SessionACL};
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, Semaphore, watch};
+use tokio::sync::{RwLock, watch};
 
 use super::attributes::Attributes;
 use super::file::DiskFile;
+use super::length::Length;
 use super::mount::{self, Unmounted, Wish};
 use super::point::{Point, unmount_path};
 use super::users;
@@ -38,6 +39,9 @@ const MAX_THREADS: usize = 4;
 /// A file that does not answer a first look within this time is not ready.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
+/// How long a new size may be unknown to `nbdbridge devices`.
+const NOTE_AGAIN: Duration = Duration::from_millis(500);
+
 /// An export as a mounted file.
 pub(crate) struct FuseDoor {
     /// The name of what it serves.
@@ -50,7 +54,9 @@ pub(crate) struct FuseDoor {
     drain_timeout: Duration,
     /// What `nbdbridge devices` finds; gone with the door.
     state: RefCell<Option<StateFile>>,
-    attachment: Attachment,
+    attachment: RefCell<Attachment>,
+    /// The export's.
+    size: watch::Receiver<u64>,
 }
 
 impl FuseDoor {
@@ -73,6 +79,7 @@ impl FuseDoor {
                 UsageError::new(format!("--growable: {} {why}; leave it out", site.args[0].source)).into()
             );
         }
+        let size = export.watch_size();
         let point = Point::prepare(&args.file)?;
         let source = shown(&site.args[0].source);
         let wish = Wish { source: &source, read_only, allow_other: args.allow_other };
@@ -81,14 +88,15 @@ impl FuseDoor {
             // The first error is the one to tell.
             let _ = unmount_path(&point.path);
         })?;
-        let attachment = Attachment::new(&source, &point.path, point.was_made(), &geometry, read_only);
+        let attachment = Attachment::new(&source, &point.path, point.made(), &geometry, read_only);
         let door = FuseDoor {
             export: export.name().to_owned(),
             ended,
             unmounted: Cell::new(false),
             drain_timeout: site.process.drain_timeout,
             state: RefCell::new(attachment.save()),
-            attachment,
+            attachment: RefCell::new(attachment),
+            size,
             point,
         };
         if let Err(error) = look_at(&door.point.path, geometry.size).await {
@@ -105,9 +113,25 @@ impl FuseDoor {
 
     /// Tells `nbdbridge devices` that a block device stands upon the file.
     pub(crate) fn note_device(&self, device: &Path) {
-        let attachment = self.attachment.clone().with_device(device);
+        self.note(|attachment| attachment.device = Some(device.to_owned()));
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Attachment)) {
+        let mut attachment = self.attachment.borrow_mut();
+        change(&mut attachment);
         self.state.replace(None);
         self.state.replace(attachment.save());
+    }
+
+    /// Writes the size down as it changes; not more often than a person looks.
+    async fn note_sizes(&self) {
+        let mut size = self.size.clone();
+        while size.changed().await.is_ok() {
+            tokio::time::sleep(NOTE_AGAIN).await;
+            let now = *size.borrow_and_update();
+            self.note(|attachment| attachment.size = now);
+        }
+        std::future::pending().await
     }
 
     /// Unmounts, lazily where it is in use; says whether it was in use.
@@ -115,9 +139,9 @@ impl FuseDoor {
         if self.unmounted.get() || *self.ended.borrow() {
             return Unmounted::Yes;
         }
-        let path = self.point.path.clone();
+        let (path, aloud) = (self.point.path.clone(), self.attachment.borrow().device.is_none());
         // fusermount3 may have to be waited for.
-        let done = tokio::task::spawn_blocking(move || take_away(&path)).await;
+        let done = tokio::task::spawn_blocking(move || take_away(&path, aloud)).await;
         self.unmounted.set(true);
         match done {
             Ok(Ok(unmounted)) => unmounted,
@@ -150,7 +174,10 @@ impl Door for FuseDoor {
     /// Until somebody unmounts the file.
     fn serve(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
-            self.until_ended().await;
+            tokio::select! {
+                () = self.until_ended() => {}
+                () = self.note_sizes() => {}
+            }
             tracing::info!("{}: unmounted", self.point.path.display());
         })
     }
@@ -170,10 +197,9 @@ impl Door for FuseDoor {
             // Without users the threads end at once.
             let gone = tokio::time::timeout(Duration::from_millis(500), self.until_ended()).await;
             if gone.is_err() {
-                tracing::warn!(
-                    "{}: still in use: its users get an error from now on",
-                    self.point.path.display()
-                );
+                let attachment = self.attachment.borrow();
+                let path = attachment.device.as_ref().unwrap_or(&self.point.path);
+                tracing::warn!("{}: still in use: its users get an error from now on", path.display());
             }
             true
         })
@@ -190,6 +216,8 @@ fn start(
 ) -> Result<watch::Receiver<bool>> {
     let account = Budget::new(MEMORY_BUDGET).open_account().context("no memory for requests")?;
     let threads = args.threads.unwrap_or_else(default_threads).max(1);
+    let shrinks =
+        args.growable && site.alone && export.geometry().capabilities.contains(Capabilities::SHRINK);
     let file = DiskFile {
         attributes: Arc::new(Attributes::new(point.mode, point.uid, point.gid, &export)),
         export,
@@ -197,7 +225,7 @@ fn start(
         account: Arc::new(account),
         runtime: Handle::current(),
         growable: args.growable,
-        patience: Semaphore::new(threads - 1),
+        length: if shrinks { Length::may_shrink() } else { Length::default() },
         blocks: Arc::new(RwLock::new(())),
     };
     let mut config = Config::default();
@@ -251,9 +279,9 @@ async fn look_at(path: &Path, size: u64) -> Result<()> {
     }
 }
 
-fn take_away(path: &Path) -> Result<Unmounted> {
+fn take_away(path: &Path, aloud: bool) -> Result<Unmounted> {
     let unmounted = mount::unmount(path, false)?;
-    if unmounted == Unmounted::Busy {
+    if unmounted == Unmounted::Busy && aloud {
         tracing::warn!(
             "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
             path.display(),

@@ -9,16 +9,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bridge::worker::Workers;
-use bridge::{Account, Buffer, Capabilities, Data, Export, Flags, Operation, Request as Asked};
+use bridge::{Account, Buffer, Capabilities, Data, Export, Flags, Operation, Request as Asked, Result};
 use fuser::{
     BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
     OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
     Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::RwLock;
 
 use super::attributes::{Attributes, Change};
+use super::length::Length;
 use super::translate::{self, Space, errno};
 
 /// The longest read and write: the most that kernels let through by default.
@@ -27,9 +28,6 @@ pub(super) const MAX_BYTES: u32 = 1 << 20;
 /// Requests that the kernel sends ahead of their answers (asynchronous I/O). Users who are not root get what
 /// /sys/module/fuse/parameters/max_user_bgreq allows.
 const MAX_BACKGROUND: u16 = 512;
-
-/// A write of more than this is large: to copy it for a worker costs more than a moment of waiting.
-const LARGE_BYTES: usize = 64 << 10;
 
 /// Sizes and space change without the kernel's doing: it is to ask each time.
 pub(super) const NO_TIME: Duration = Duration::ZERO;
@@ -50,8 +48,8 @@ pub(super) struct DiskFile {
     pub(super) attributes: Arc<Attributes>,
     /// Writes past the end make the export longer.
     pub(super) growable: bool,
-    /// Threads that may wait for storage in a large write; the others stay for what is quick.
-    pub(super) patience: Semaphore,
+    /// Keeps requests off while the file becomes shorter.
+    pub(super) length: Length,
     /// Held by whoever writes part of a block, and shared by those who write whole ones; see `slow`.
     pub(super) blocks: Arc<RwLock<()>>,
 }
@@ -70,6 +68,41 @@ impl DiskFile {
     fn readable(&self, offset: u64, size: u32) -> usize {
         let left = self.export.geometry().size.saturating_sub(offset);
         usize::try_from(left.min(u64::from(size))).unwrap_or(0)
+    }
+
+    /// Reads what is there of a range, at once; None where it may have to wait.
+    fn fast_read<'a>(
+        &self,
+        offset: u64,
+        size: u32,
+        scratch: &'a mut Buffer,
+        arrived: Instant,
+    ) -> Option<Result<&'a [u8]>> {
+        let _steady = self.length.try_hold()?;
+        let len = self.readable(offset, size);
+        if len == 0 {
+            return Some(Ok(&[]));
+        }
+        if self.has_blocks() {
+            return None;
+        }
+        let asked = Asked::new(Operation::Read, offset, len as u64);
+        let buf = scratch.get_mut(..len)?;
+        let done = self.export.try_execute(&asked, Data::Into(&mut *buf), arrived)?;
+        Some(done.map(|()| &*buf))
+    }
+
+    /// Stores data within the export, at once; None where it may have to wait, but for a moment.
+    fn fast_write(&self, asked: Asked, data: &[u8], arrived: Instant) -> Option<Result<()>> {
+        let _steady = self.length.try_hold()?;
+        let honoured = asked.flags == Flags::NONE || self.caps().contains(Capabilities::FUA);
+        // It may have become shorter since it was looked at.
+        let fits = !self.length.can_shrink() || asked.offset + asked.len <= self.export.geometry().size;
+        if !honoured || !fits || self.has_blocks() {
+            return None;
+        }
+        // To copy a large one for a worker costs more than a moment of waiting.
+        self.export.try_execute(&asked.with_flags(asked.flags | Flags::PATIENT), Data::From(data), arrived)
     }
 
     fn room(&self, offset: u64, len: usize) -> Room {
@@ -128,24 +161,10 @@ impl Filesystem for DiskFile {
         reply: ReplyData,
     ) {
         let arrived = Instant::now();
-        let len = self.readable(offset, size);
-        let asked = Asked::new(Operation::Read, offset, len as u64);
-        if len == 0 {
-            return reply.data(&[]);
-        }
-        if self.has_blocks() {
-            return self.slow_read(asked, reply, arrived);
-        }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let done = match scratch.get_mut(..len) {
-                Some(buf) => self.export.try_execute(&asked, Data::Into(buf), arrived),
-                None => None,
-            };
-            match done {
-                Some(Ok(())) => reply.data(&scratch[..len]),
-                Some(Err(error)) => reply.error(errno(&error)),
-                None => self.slow_read(asked, reply, arrived),
-            }
+        SCRATCH.with_borrow_mut(|scratch| match self.fast_read(offset, size, scratch, arrived) {
+            Some(Ok(data)) => reply.data(data),
+            Some(Err(error)) => reply.error(errno(&error)),
+            None => self.slow_read(offset, size, reply, arrived),
         });
     }
 
@@ -171,13 +190,8 @@ impl Filesystem for DiskFile {
         };
         let data = &data[..len];
         let asked = Asked::new(Operation::Write, offset, len as u64).with_flags(durable);
-        let honoured = durable == Flags::NONE || self.caps().contains(Capabilities::FUA);
-        if grow || !honoured || self.has_blocks() {
-            return self.slow_write(asked, data, grow, reply, arrived);
-        }
-        let patience = if len > LARGE_BYTES { self.patience.try_acquire().ok() } else { None };
-        let how = if patience.is_some() { asked.flags | Flags::PATIENT } else { asked.flags };
-        match self.export.try_execute(&asked.with_flags(how), Data::From(data), arrived) {
+        let done = if grow { None } else { self.fast_write(asked, data, arrived) };
+        match done {
             Some(Ok(())) => reply.written(u32::try_from(len).unwrap_or(0)),
             Some(Err(error)) => reply.error(errno(&error)),
             None => self.slow_write(asked, data, grow, reply, arrived),
@@ -207,17 +221,13 @@ impl Filesystem for DiskFile {
         };
         let geometry = self.export.geometry();
         let end = offset.saturating_add(length);
-        let grow_to = (!keep_size && end > geometry.size).then_some(end);
-        if grow_to.is_some() && !self.growable {
+        if !keep_size && end > geometry.size && !self.growable {
             return reply.error(Errno::ENOSPC);
         }
-        // With its size kept, there is nothing to do past the end.
-        let end = if grow_to.is_some() { end } else { end.min(geometry.size) };
-        let len = end.saturating_sub(offset);
         if space != Space::Allocate && !geometry.capabilities.contains(Capabilities::WRITE_ZEROES) {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        self.slow_space(space, offset, len, grow_to, reply);
+        self.slow_space(space, offset, end, keep_size, reply);
     }
 
     fn lseek(
@@ -266,9 +276,10 @@ impl Filesystem for DiskFile {
         reply: ReplyAttr,
     ) {
         let now = self.export.geometry().size;
-        let grow_to = size.filter(|size| *size > now);
-        if size.is_some_and(|size| size < now) || grow_to.is_some() && !self.growable {
-            // An export keeps its size, or grows; also where a program opens with O_TRUNC.
+        // Where it can shrink, another request may have made it shorter meanwhile: then it is the slow path that finds out.
+        let new_size = size.filter(|size| *size != now || self.length.can_shrink());
+        if new_size.is_some_and(|size| if size < now { !self.length.can_shrink() } else { !self.growable }) {
+            // The export keeps its size, or grows; also where a program opens with O_TRUNC.
             return reply.error(Errno::EPERM);
         }
         let time = |time| match time {
@@ -276,12 +287,12 @@ impl Filesystem for DiskFile {
             TimeOrNow::Now => SystemTime::now(),
         };
         let change = Change { mode, uid, gid, atime: atime.map(time), mtime: mtime.map(time) };
-        match (grow_to, self.attributes.now(&self.export)) {
+        match (new_size, self.attributes.now(&self.export)) {
             (None, Some(_)) => {
                 self.attributes.change(change);
                 self.getattr(_request, _ino, _fh, reply);
             }
-            _ => self.slow_change(change, grow_to, reply),
+            _ => self.slow_change(change, new_size, reply),
         }
     }
 

@@ -104,6 +104,10 @@ fn refusal(stderr: &[u8]) -> String {
     if said.contains("user_allow_other") {
         return "--allow-other needs the line user_allow_other in /etc/fuse.conf; or be root".to_owned();
     }
+    if said.contains("failed to open /dev/fuse: Permission denied") {
+        return "/dev/fuse is open to root only; let users in: chmod 666 /dev/fuse (as root), as udev does"
+            .to_owned();
+    }
     said
 }
 
@@ -129,6 +133,8 @@ mod tests {
         let text =
             b"fusermount3: option allow_other only allowed if 'user_allow_other' is set in /etc/fuse.conf\n";
         assert!(refusal(text).contains("/etc/fuse.conf; or be root"));
+        let text = b"fusermount3: failed to open /dev/fuse: Permission denied\n";
+        assert!(refusal(text).contains("let users in: chmod 666 /dev/fuse"));
         assert_eq!(refusal(b"fusermount3: bad mount point\nmore\n"), "fusermount3: bad mount point");
         assert!(!refusal(b"").is_empty());
     }

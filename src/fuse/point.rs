@@ -1,16 +1,18 @@
 //! FILE, the mount point: an existing regular file that is mounted over, or a name that is made and removed again; and
 //! what an earlier server that was killed has left there.
 
-use std::fs::{File, FileType};
+use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::mount::{self, Unmounted};
 use super::mounts::Mounted;
+use crate::attachment::Attachment;
 
 /// More mounts than that on one path are not cleared.
 const MAX_DEAD: usize = 16;
@@ -24,8 +26,36 @@ pub(super) struct Point {
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
-    /// Device and inode of a file that we made.
-    made: Option<(u64, u64)>,
+    /// It was not there before.
+    made: Option<Made>,
+}
+
+/// A file that we made to mount over, and remove when that is over: by this process, or by one that finds what a killed one
+/// has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    device: u64,
+    inode: u64,
+}
+
+impl Made {
+    fn of(found: &Metadata) -> Self {
+        Made { device: found.dev(), inode: found.ino() }
+    }
+
+    /// Whether it is what is seen at `path`, with nothing mounted over it, and nobody has put anything there.
+    pub(crate) fn is_left(self, path: &Path) -> bool {
+        let found = std::fs::symlink_metadata(path);
+        found.is_ok_and(|found| Made::of(&found) == self && found.is_file() && found.len() == 0)
+    }
+
+    /// Removes it, where that is so.
+    pub(crate) fn remove(self, path: &Path) {
+        if self.is_left(path) {
+            // At worst an empty file stays.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 impl Point {
@@ -45,35 +75,42 @@ impl Point {
         let found = std::fs::symlink_metadata(&path)
             .with_context(|| format!("{}: cannot look at it", path.display()))?;
         refuse_other_kinds(&path, found.file_type())?;
-        let made = made.then(|| (found.dev(), found.ino()));
+        let made = made.then(|| Made::of(&found));
         Ok(Point { path, mode: found.mode() & 0o7777, uid: found.uid(), gid: found.gid(), made })
     }
 
-    /// Whether the file was made for this, and goes with it.
-    pub(super) fn was_made(&self) -> bool {
-        self.made.is_some()
+    /// The file, where it was made for this and goes with it.
+    pub(super) fn made(&self) -> Option<Made> {
+        self.made
     }
 }
 
 impl Drop for Point {
     fn drop(&mut self) {
-        let Some(made) = self.made else { return };
-        // Only what we made, and only while nobody has put anything there.
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == made && found.len() == 0);
-        if ours {
-            // At worst an empty file stays.
-            let _ = std::fs::remove_file(&self.path);
+        if let Some(made) = self.made {
+            made.remove(&self.path);
         }
     }
 }
 
-/// Clears dead mounts of ours from FILE, left by a server that was killed. To be called before SOURCE is opened, which may
-/// be the same path.
+/// Clears what a server that was killed has left at FILE: dead mounts, and the file where it was made for them. To be called
+/// before SOURCE is opened, which may be the same path.
 ///
 /// # Errors
 /// One line: FILE is served by a living server, or has another program's dead mount.
 pub(crate) fn clear_dead(file: &Path) -> Result<()> {
+    let before = Attachment::all();
+    clear_mounts(file)?;
+    let Ok(path) = resolve(file) else { return Ok(()) };
+    for (attachment, note) in before {
+        if attachment.file == path && !attachment.is_alive() {
+            attachment.forget(&note);
+        }
+    }
+    Ok(())
+}
+
+fn clear_mounts(file: &Path) -> Result<()> {
     for _ in 0..MAX_DEAD {
         let dead = is_dead(file);
         let Ok(path) = resolve(file) else { return Ok(()) };

@@ -17,17 +17,24 @@ use tokio::sync::RwLock;
 
 use super::attributes::Change;
 use super::file::{DiskFile, NO_TIME};
+use super::length::Length;
 use super::translate::{Space, errno};
 
 /// Block status is asked for so many bytes at once, when looking for data or a hole.
 const SEEK_STEP: u64 = 64 << 30;
 
 impl DiskFile {
-    /// A read of `asked`, which lies within the export.
-    pub(super) fn slow_read(&self, asked: Request, reply: ReplyData, arrived: Instant) {
-        let (export, account) = (self.export.clone(), self.account.clone());
+    /// A read of what there is of a range.
+    pub(super) fn slow_read(&self, offset: u64, size: u32, reply: ReplyData, arrived: Instant) {
+        let (export, account, length) = (self.export.clone(), self.account.clone(), self.length.clone());
         self.run(move || async move {
-            let _charge = charge(&account, &asked).await;
+            let _charge = account.charge(size).await;
+            let _steady = length.hold().await;
+            let len = export.geometry().size.saturating_sub(offset).min(u64::from(size));
+            if len == 0 {
+                return reply.data(&[]);
+            }
+            let asked = Request::new(Operation::Read, offset, len);
             match read(&export, asked, arrived).await {
                 Ok((data, part)) => reply.data(&data[part]),
                 Err(error) => reply.error(errno(&error)),
@@ -35,7 +42,7 @@ impl DiskFile {
         });
     }
 
-    /// A write; `grow` makes the export long enough first. Waits for memory, where too much data waits for storage: the
+    /// A write; where `grow` says so, or the export may have shrunk, it is made long enough first. Waits for memory, where too much data waits for storage: the
     /// kernel keeps the rest.
     pub(super) fn slow_write(
         &self,
@@ -47,9 +54,11 @@ impl DiskFile {
     ) {
         let charge = self.runtime.block_on(charge(&self.account, &asked));
         let data = Buffer::copy_of(data);
-        let (export, blocks) = (self.export.clone(), self.blocks.clone());
+        let (export, blocks, length) = (self.export.clone(), self.blocks.clone(), self.length.clone());
+        let grow = grow || length.can_shrink();
         self.run(move || async move {
             let _charge = charge;
+            let _steady = length.hold().await;
             let stored = async {
                 if grow {
                     export.grow_to(asked.offset + asked.len).await?;
@@ -71,21 +80,19 @@ impl DiskFile {
         });
     }
 
-    /// fallocate(2), within the export once it has grown.
-    pub(super) fn slow_space(
-        &self,
-        space: Space,
-        offset: u64,
-        len: u64,
-        grow_to: Option<u64>,
-        reply: ReplyEmpty,
-    ) {
-        let export = self.export.clone();
-        let blocks = self.blocks.clone();
+    /// fallocate(2), from `offset` to `end`; the export grows with it, or keeps its size.
+    pub(super) fn slow_space(&self, space: Space, offset: u64, end: u64, keep_size: bool, reply: ReplyEmpty) {
+        let (export, blocks, length) = (self.export.clone(), self.blocks.clone(), self.length.clone());
         self.run(move || async move {
+            let _steady = length.hold().await;
             let done = async {
-                if let Some(size) = grow_to {
-                    export.grow_to(size).await?;
+                if !keep_size {
+                    export.grow_to(end).await?;
+                }
+                // With its size kept, there is nothing to do past the end.
+                let len = end.min(export.geometry().size).saturating_sub(offset);
+                if len == 0 {
+                    return Ok(());
                 }
                 match space {
                     Space::Allocate => export.allocate(offset, len).await,
@@ -97,10 +104,11 @@ impl DiskFile {
         });
     }
 
-    /// lseek(2) for data, or for a hole: from `offset`, which lies within the export.
+    /// lseek(2) for data, or for a hole.
     pub(super) fn slow_seek(&self, offset: u64, data: bool, reply: ReplyLseek) {
-        let export = self.export.clone();
+        let (export, length) = (self.export.clone(), self.length.clone());
         self.run(move || async move {
+            let _steady = length.hold().await;
             match seek(&export, offset, data).await {
                 Ok(Some(place)) => match i64::try_from(place) {
                     Ok(place) => reply.offset(place),
@@ -117,16 +125,18 @@ impl DiskFile {
         self.slow_change(Change::default(), None, reply);
     }
 
-    /// setattr that makes the export longer, or has to count its space.
-    pub(super) fn slow_change(&self, change: Change, grow_to: Option<u64>, reply: ReplyAttr) {
-        let (export, attributes) = (self.export.clone(), self.attributes.clone());
+    /// setattr that changes the size, or has to count the space.
+    pub(super) fn slow_change(&self, change: Change, size: Option<u64>, reply: ReplyAttr) {
+        let (export, attributes, length) =
+            (self.export.clone(), self.attributes.clone(), self.length.clone());
         self.run(move || async move {
-            if let Some(size) = grow_to
-                && let Err(error) = export.grow_to(size).await
+            if let Some(size) = size
+                && let Err(error) = set_size(&export, size, &length).await
             {
                 return reply.error(errno(&error));
             }
             attributes.change(change);
+            let _steady = length.hold().await;
             let all = match attributes.now(&export) {
                 Some(all) => all,
                 None => attributes.count(&export).await,
@@ -142,6 +152,14 @@ impl DiskFile {
     {
         self.workers.spawn(self.workers.next(), make);
     }
+}
+
+/// Makes the export longer or shorter, as far as it can be.
+async fn set_size(export: &Export, size: u64, length: &Length) -> Result<()> {
+    if let Some(_alone) = length.change().await {
+        export.shrink_to(size).await?;
+    }
+    export.grow_to(size).await
 }
 
 fn answer(reply: ReplyEmpty, result: Result<()>) {
@@ -232,9 +250,12 @@ fn punch_flags(export: &Export) -> Flags {
 }
 
 /// The first place from `offset` on that holds data, or reads as zeroes without holding any; None where no data
-/// follows. The end of the file is a hole.
+/// follows, and past the end. The end of the file is a hole.
 async fn seek(export: &Export, offset: u64, data: bool) -> Result<Option<u64>> {
     let size = export.geometry().size;
+    if offset >= size {
+        return Ok(None);
+    }
     let (mut place, _) = whole_blocks(export, offset, 1);
     while place < size {
         let len = SEEK_STEP.min(size - place);

@@ -35,11 +35,17 @@ struct Run {
     kind: ExtentKind,
 }
 
+/// What there is to print.
+pub(super) struct Told {
+    pub(super) text: String,
+    pub(super) can_be_served: bool,
+}
+
 /// Tells about a source.
 ///
 /// # Errors
 /// One line: it cannot be read. An image that cannot be served is told about all the same, if its header makes sense.
-pub(super) fn tell(args: &InfoArgs) -> Result<String> {
+pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
     let opened = assemble::open(&args.source, &args.source_args());
     let mut facts = vec![Fact { name: "source", value: Value::Text(args.source.to_string()) }];
     if let Source::Path(path) = &args.source {
@@ -53,12 +59,14 @@ pub(super) fn tell(args: &InfoArgs) -> Result<String> {
         Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
         Err(_) => {}
     }
+    let can_be_served = opened.is_ok();
     let map = match opened {
         Ok(source) if args.map => Some(map_of(&*source)?),
         Err(error) if args.map => return Err(error),
         _ => None,
     };
-    Ok(if args.json { json(&facts, map.as_deref()) } else { lines(&facts, map.as_deref()) })
+    let text = if args.json { json(&facts, map.as_deref()) } else { lines(&facts, map.as_deref()) };
+    Ok(Told { text, can_be_served })
 }
 
 fn text(name: &'static str, value: impl Into<String>) -> Fact {
@@ -163,7 +171,7 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
         match value {
             Value::Text(value) => line(value),
             Value::Number(number) => line(&number.to_string()),
-            Value::Bytes(bytes) => line(&format!("{} ({bytes} bytes)", size::human(*bytes))),
+            Value::Bytes(bytes) => line(&size::full(*bytes)),
             Value::Flag(set) => line(if *set { "yes" } else { "no" }),
             Value::List(items) => line(&items.join(", ")),
             Value::Partitions(table) => {

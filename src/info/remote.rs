@@ -52,7 +52,7 @@ fn export_as_text(listed: &Listed) -> String {
     // Writing to a string does not fail.
     let _ = match &listed.info {
         Ok(info) => {
-            writeln!(text, "export {:?}: {} ({} bytes)", listed.name, size::human(info.size), info.size)
+            writeln!(text, "export {:?}: {}", listed.name, size::full(info.size))
         }
         Err(error) => writeln!(text, "export {:?}: {error}", listed.name),
     };

@@ -55,6 +55,8 @@ pub(super) const UPDATE_SIZE: Command = Command::control(0x15, READ_WRITE);
 
 pub(super) const FETCH_REQ: Command = Command::io(0x20);
 pub(super) const COMMIT_AND_FETCH_REQ: Command = Command::io(0x21);
+pub(super) const REGISTER_IO_BUF: Command = Command::io(0x23);
+pub(super) const UNREGISTER_IO_BUF: Command = Command::io(0x24);
 
 /// `UBLK_IO_RES_ABORT`: the device is going away, and the tag will see no more requests.
 pub(super) const IO_RES_ABORT: i32 = -libc::ENODEV;
@@ -73,16 +75,18 @@ pub(super) const MAX_QUEUE_DEPTH: u16 = 4096;
 pub(super) struct Features(pub(super) u64);
 
 impl Features {
+    pub(super) const SUPPORT_ZERO_COPY: Features = Features(1 << 0);
     pub(super) const USER_RECOVERY: Features = Features(1 << 3);
     pub(super) const USER_RECOVERY_REISSUE: Features = Features(1 << 4);
     pub(super) const UNPRIVILEGED_DEV: Features = Features(1 << 5);
     pub(super) const CMD_IOCTL_ENCODE: Features = Features(1 << 6);
     pub(super) const USER_COPY: Features = Features(1 << 7);
     pub(super) const UPDATE_SIZE: Features = Features(1 << 10);
+    pub(super) const BUF_REG_OFF_DAEMON: Features = Features(1 << 14);
 
     /// Every feature by its bit: its name in the kernel, and what it is here.
     pub(super) const NAMES: [(u32, &'static str, &'static str); 20] = [
-        (0, "SUPPORT_ZERO_COPY", "not used: requests go through layers, which want bytes"),
+        (0, "SUPPORT_ZERO_COPY", "used with --zero-copy, where BUF_REG_OFF_DAEMON is there too"),
         (1, "URING_CMD_COMP_IN_TASK", "not used: for measurements"),
         (2, "NEED_GET_DATA", "not used: USER_COPY does it better"),
         (3, "USER_RECOVERY", "used: a device outlives its process"),
@@ -93,10 +97,10 @@ impl Features {
         (8, "ZONED", "not used: no zoned sources"),
         (9, "USER_RECOVERY_FAIL_IO", "not used: requests wait for the successor"),
         (10, "UPDATE_SIZE", "used: the device grows while it is in use"),
-        (11, "AUTO_BUF_REG", "not used: requests go through layers, which want bytes"),
+        (11, "AUTO_BUF_REG", "not used: small requests are cheaper without"),
         (12, "QUIESCE", "not used: an end is a stop, or unexpected"),
         (13, "PER_IO_DAEMON", "not used: a thread for each queue"),
-        (14, "BUF_REG_OFF_DAEMON", "not used"),
+        (14, "BUF_REG_OFF_DAEMON", "not used; a sign that SUPPORT_ZERO_COPY has come of age"),
         (15, "BATCH_IO", "not used"),
         (16, "INTEGRITY", "not used: sources have no metadata"),
         (17, "SAFE_STOP_DEV", "not used: who holds the device is said by name"),

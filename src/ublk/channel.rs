@@ -2,7 +2,8 @@
 //! and the way their data takes. It knows tags and bytes; what a request means is `translate`'s business.
 //!
 //! Data takes one of two ways. With `USER_COPY` (6.5) it is copied by pread(2) and pwrite(2) on /dev/ublkcN, when it is
-//! wanted and where it is wanted; before, the kernel copies it to and from a part of memory that each tag owns.
+//! wanted and where it is wanted; before, the kernel copies it to and from a part of memory that each tag owns. Beside the
+//! first, a kernel with `SUPPORT_ZERO_COPY` moves it between request and file by itself, on this ring: [`Channel::fill`].
 //! A leaf file: memory is shared with the kernel here.
 #![allow(unsafe_code)]
 
@@ -12,6 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use bridge::FileRange;
+use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, opcode, types};
 use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -30,7 +33,22 @@ pub(super) struct Channel {
     depth: u16,
     encoded: bool,
     data: Data,
+    /// The kernel moves data between requests and files.
+    moves: bool,
 }
+
+/// What has come from the kernel for a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The tag itself, and why: 0 for a request.
+    Tag(u16, i32),
+    /// What became of [`Channel::fill`]: bytes, or a negative errno.
+    Filled(u16, i32),
+}
+
+/// What a completion is about, beside its tag.
+const FILLED: u64 = 1 << 16;
+const BUFFER: u64 = 2 << 16;
 
 /// Where the data of requests is.
 enum Data {
@@ -62,7 +80,10 @@ impl Channel {
             Data::Shared(Map::anonymous(io_size * usize::from(depth), now)?, io_size)
         };
         let encoded = info.features().contains(Features::CMD_IOCTL_ENCODE);
-        Ok(Channel { ring, descriptors, device, queue, depth, encoded, data })
+        // A place for each tag's pages.
+        let moves = info.features().contains(Features::SUPPORT_ZERO_COPY.with(Features::USER_COPY))
+            && ring.submitter().register_buffers_sparse(u32::from(depth)).is_ok();
+        Ok(Channel { ring, descriptors, device, queue, depth, encoded, data, moves })
     }
 
     pub(super) fn depth(&self) -> u16 {
@@ -88,11 +109,43 @@ impl Channel {
         self.push(abi::COMMIT_AND_FETCH_REQ, tag, result)
     }
 
+    /// Whether the kernel can move data between requests and files.
+    pub(super) fn moves(&self) -> bool {
+        self.moves
+    }
+
+    /// Fills a read's pages from a file, without a copy of ours. [`Event::Filled`] tells its end: until then the tag is
+    /// not to be answered, and the file stays open.
+    pub(super) fn fill(&mut self, tag: u16, from: &FileRange) -> io::Result<()> {
+        let len = u32::try_from(from.len).map_err(|_| Errno::INVAL)?;
+        self.push_buffer(abi::REGISTER_IO_BUF, tag)?;
+        // Where the first was refused this one is, too: there are no such pages then.
+        let fd = types::Fd(from.file.as_raw_fd());
+        let read = opcode::ReadFixed::new(fd, std::ptr::null_mut(), len, tag).offset(from.offset);
+        self.push_entry(&read.build().user_data(FILLED | u64::from(tag)))
+    }
+
+    /// Gives the pages back, before the tag is answered.
+    pub(super) fn release(&mut self, tag: u16) -> io::Result<()> {
+        self.push_buffer(abi::UNREGISTER_IO_BUF, tag)
+    }
+
     fn push(&mut self, command: Command, tag: u16, result: i32) -> io::Result<()> {
         let address = match &self.data {
             Data::Copied(_) => 0,
             Data::Shared(map, size) => map.address() as u64 + u64::from(tag) * *size as u64,
         };
+        let entry = self.entry(command, tag, result, address);
+        self.push_entry(&entry.user_data(u64::from(tag)))
+    }
+
+    /// The pages of a tag's request, as buffer number `tag` of the ring. Only a refusal is heard of.
+    fn push_buffer(&mut self, command: Command, tag: u16) -> io::Result<()> {
+        let entry = self.entry(command, tag, 0, u64::from(tag)).flags(Flags::SKIP_SUCCESS);
+        self.push_entry(&entry.user_data(BUFFER | u64::from(tag)))
+    }
+
+    fn entry(&self, command: Command, tag: u16, result: i32, address: u64) -> Entry {
         // struct ublksrv_io_cmd
         let mut words = [0; 16];
         words[0..2].copy_from_slice(&self.queue.to_ne_bytes());
@@ -100,13 +153,16 @@ impl Channel {
         words[4..8].copy_from_slice(&result.to_ne_bytes());
         words[8..16].copy_from_slice(&address.to_ne_bytes());
         let fd = types::Fd(self.device.as_raw_fd());
-        let op = command.op(self.encoded);
-        let entry = opcode::UringCmd16::new(fd, op).cmd(words).build().user_data(u64::from(tag));
+        opcode::UringCmd16::new(fd, command.op(self.encoded)).cmd(words).build()
+    }
+
+    fn push_entry(&mut self, entry: &Entry) -> io::Result<()> {
         loop {
-            // SAFETY: the file is open for as long as the ring lives, and the kernel writes, at most, into the part of
-            // `data` that belongs to this tag, which lives as long as the channel (the ring is dropped before it) and
-            // is not touched while the command is the kernel's.
-            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            // SAFETY: the device is open for as long as the ring lives, and the kernel writes, at most, into the part of
+            // `data` that belongs to the entry's tag, which lives as long as the channel (the ring is dropped before it)
+            // and is not touched while the command is the kernel's; or into the pages of the request, which are its own.
+            // The file of `fill` stays open until its end, by its contract, and at worst a read from it fails.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
             self.submit()?;
@@ -129,11 +185,19 @@ impl Channel {
         !self.ring.submission().is_empty()
     }
 
-    /// The next tag that the kernel has given back, and why: 0 for a request.
-    pub(super) fn next(&mut self) -> Option<(u16, i32)> {
-        let completion = self.ring.completion().next()?;
-        // Tags are what `push` put there.
-        Some((u16::try_from(completion.user_data()).unwrap_or(u16::MAX), completion.result()))
+    /// What has come next from the kernel.
+    pub(super) fn next(&mut self) -> Option<Event> {
+        loop {
+            let completion = self.ring.completion().next()?;
+            let (about, result) = (completion.user_data(), completion.result());
+            // Tags are what was put there.
+            let tag = u16::try_from(about & 0xffff).unwrap_or(u16::MAX);
+            match about & !0xffff {
+                FILLED => return Some(Event::Filled(tag, result)),
+                BUFFER => tracing::debug!(tag, errno = -result, "the kernel refused a request's pages"),
+                _ => return Some(Event::Tag(tag, result)),
+            }
+        }
     }
 
     /// The request that a tag has come with.

@@ -271,6 +271,10 @@ pub(super) fn bury(control: &mut Control, id: u32) -> Result<()> {
 
 fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
     let mut flags = Features::CMD_IOCTL_ENCODE.with(Features::USER_COPY);
+    // On earlier kernels, what an io_uring holds of a request when its process dies was not always given back.
+    if args.zero_copy && control.features().contains(Features::BUF_REG_OFF_DAEMON) {
+        flags = flags.with(Features::SUPPORT_ZERO_COPY);
+    }
     if args.recoverable {
         flags = flags.with(Features::USER_RECOVERY).with(Features::USER_RECOVERY_REISSUE);
     }

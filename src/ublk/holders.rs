@@ -16,7 +16,7 @@ use super::memory::unescape;
 const MOST: usize = 4;
 
 /// What keeps the device of this number busy, in words, as in "mounted on /srv"; None where nobody would be hurt by
-/// its end. `live` says that it is served: opening one that is not can take for ever.
+/// its end. `live` lets it be opened for that, which can take for ever where nobody serves it.
 pub(super) fn of(id: u32, live: bool) -> Option<String> {
     let numbers = device_numbers(id);
     let mut uses = mounts(&numbers);

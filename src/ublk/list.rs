@@ -61,13 +61,26 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The process that serves a device, and whether it is there: a dead one may have a successor soon. None where there is
-/// no such device any more.
-pub(crate) fn server(name: &str) -> Option<(u32, bool)> {
+/// Who serves a device of ours.
+pub(crate) struct Server {
+    /// The process; while it is dead, the one that was.
+    pub(crate) pid: u32,
+    /// It is there. A dead one may have a successor soon.
+    pub(crate) live: bool,
+    /// What tells the device from an earlier one of its number.
+    pub(crate) mark: String,
+}
+
+/// Who serves the device of this path; None where there is none of ours any more.
+pub(crate) fn server(name: &str) -> Option<Server> {
     let id = control::parse_id(name).ok()?;
     let info = Control::open().ok()?.info(id).ok()?;
-    let pid = u32::try_from(info.ublksrv_pid).unwrap_or(0);
-    Some((pid, info.state() == State::Live && is_alive(info.ublksrv_pid)))
+    let record = state::read(id)?;
+    Some(Server {
+        pid: u32::try_from(info.ublksrv_pid).unwrap_or(record.pid),
+        live: info.state() == State::Live && is_alive(info.ublksrv_pid),
+        mark: format!("{} {}", record.source, record.supervisor.unwrap_or(0)),
+    })
 }
 
 /// What this kernel's driver can do, and what of it is used.
@@ -132,7 +145,8 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
         }
         if !force
             && waited > Duration::from_secs(1)
-            && let Some(uses) = holders::of(id, true)
+            // Not by opening it: the server, which looks as well, would find us there.
+            && let Some(uses) = holders::of(id, false)
         {
             bail!("{path}: came into use ({uses}); it ends when it is released");
         }

@@ -1,6 +1,6 @@
 //! A process that serves its own host's disk must not wait for that disk: neither for memory, which the kernel may try
 //! to free by writing to it, nor for file systems on it, which the end of a process can unmount.
-//! A leaf file: the only `unsafe` is prctl(2), mlockall(2) and unshare(2).
+//! A leaf file: the only `unsafe` is mlockall(2) and unshare(2).
 #![allow(unsafe_code)]
 
 use std::ffi::OsString;
@@ -12,8 +12,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
-/// `PR_SET_IO_FLUSHER` (linux/prctl.h, 5.6).
-const PR_SET_IO_FLUSHER: libc::c_int = 57;
+use crate::io_flusher;
 
 /// What is there and what will be, once it has been touched.
 const LOCK: libc::c_int = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
@@ -37,19 +36,19 @@ const KEPT: [&str; 14] = [
 ];
 
 /// Tells the kernel that this process is needed to free memory: what it allocates is never waited for by writing to
-/// disks, and what it has touched stays in memory. To be called before threads are made, which inherit the first.
-pub(super) fn serve_reclaim() {
-    // SAFETY: no memory is passed.
-    let flusher = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-    if flusher != 0 {
-        let error = io::Error::last_os_error();
+/// disks, and what it has touched stays in memory. To be called before threads are made, which inherit the first. What
+/// is denied is said `aloud` by the server, and by no process beside it.
+pub(super) fn serve_reclaim(aloud: bool) {
+    if let Err(error) = io_flusher::mark()
+        && aloud
+    {
         tracing::warn!(%error, "not marked as I/O flusher (CAP_SYS_RESOURCE): when memory is short, the device can hang");
     }
     // Under a limit, the lock would make the next thread's stack fail.
     let limited = getrlimit(Resource::Memlock).current.is_some() && !may_lock();
     // SAFETY: no memory is passed.
     let locked = !limited && unsafe { libc::mlockall(LOCK) } == 0;
-    if !locked {
+    if !locked && aloud {
         tracing::warn!(
             "memory is not locked (CAP_IPC_LOCK, or ulimit -l unlimited): do not swap to the device"
         );

@@ -2,8 +2,9 @@
 //! the rest run as tasks beside it.
 //!
 //! ```text
-//!   ring ──tags──> take ─┬─ try_execute ───────────────────────────┬─> commit ──one submit for the batch──> kernel
-//!                        └─ task: execute (awaits) ──> Finished ──┘
+//!   ring ──tags──> take ─┬─ try_execute ─────────────────────────────┬─> commit ──one submit for the batch──> kernel
+//!                        ├─ large, in a file: the kernel fills it ───┤
+//!                        └─ task: execute (awaits) ──> Finished ─────┘
 //! ```
 //!
 //! The thread's runtime waits for the ring and for everything that tasks and backends wait for. A request whose answer was
@@ -20,17 +21,20 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use bridge::{Buffer, Data, Error, ErrorKind, Operation, Request};
+use bridge::{Buffer, Data, Error, ErrorKind, FileRange, Flags, Operation, RangeOrHole, Request};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
 use super::abi;
-use super::channel::Channel;
+use super::channel::{Channel, Event};
 use super::task::{Common, Finished, Job, Outcome, buffer_len, run};
 use super::translate;
 
 /// Rounds in one poll: after these, the thread's tasks have their turn.
 const ROUNDS: usize = 8;
+
+/// Reads from this size on are filled by the kernel where it can do that; smaller ones cost less when they are copied.
+const FILL_FROM: u64 = 64 << 10;
 
 /// Bytes that the tasks of one queue may hold. Requests over it wait in the kernel, with their data.
 const MAX_TASK_BYTES: usize = 16 << 20;
@@ -54,7 +58,7 @@ pub(super) async fn serve(
         channel.fetch(tag)?;
     }
     channel.submit()?;
-    if let Some((tag, result)) = channel.next() {
+    if let Some(Event::Tag(tag, result)) = channel.next() {
         // Nothing is asked of a device that has not started: the kernel has refused a fetch.
         tracing::debug!(tag, result, "fetch refused");
         return Err(Errno::from_raw_os_error(-result).into());
@@ -81,19 +85,25 @@ pub(super) async fn serve(
         channel,
         common,
         giving_up: false,
+        fills: 0,
     };
     let ended = poll_fn(|cx| queue.poll(cx)).await;
     watcher.abort();
+    if queue.fills > 0 {
+        tracing::info!("{} reads were filled by the kernel", queue.fills);
+    }
     ended
 }
 
 /// A tag's place in the queue.
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct Tag {
     /// Grows with each request that got its answer early.
     generation: u32,
     /// A task works for it, or will.
     busy: bool,
+    /// What the kernel fills its request from.
+    filling: Option<(Request, FileRange, Instant)>,
 }
 
 struct Queue {
@@ -110,6 +120,8 @@ struct Queue {
     finished: Rc<Finished>,
     common: Arc<Common>,
     giving_up: bool,
+    /// Reads that the kernel has filled.
+    fills: u64,
 }
 
 impl Queue {
@@ -151,8 +163,15 @@ impl Queue {
             for outcome in outcomes {
                 self.finish(outcome)?;
             }
-            while let Some((tag, result)) = self.channel.next() {
-                self.take(tag, result)?;
+            // One look at the clock for the batch: they have come by now.
+            let mut arrived = None;
+            while let Some(event) = self.channel.next() {
+                match event {
+                    Event::Tag(tag, result) => {
+                        self.take(tag, result, *arrived.get_or_insert_with(Instant::now))?;
+                    }
+                    Event::Filled(tag, result) => self.filled(tag, result)?,
+                }
             }
             if !self.channel.has_answers() {
                 return Ok(self.fetched == 0 && self.tasks == 0);
@@ -162,9 +181,9 @@ impl Queue {
     }
 
     /// A tag has come back from the kernel.
-    fn take(&mut self, tag: u16, result: i32) -> io::Result<()> {
+    fn take(&mut self, tag: u16, result: i32, arrived: Instant) -> io::Result<()> {
         match result {
-            0 => self.begin(tag),
+            0 => self.begin(tag, arrived),
             abi::IO_RES_ABORT => {
                 self.fetched -= 1;
                 Ok(())
@@ -178,25 +197,60 @@ impl Queue {
     }
 
     /// Answers a request now if that is possible; makes a task of it otherwise.
-    fn begin(&mut self, tag: u16) -> io::Result<()> {
-        let arrived = Instant::now();
+    fn begin(&mut self, tag: u16, arrived: Instant) -> io::Result<()> {
         let Some(request) = translate::request(&self.channel.descriptor(tag)) else {
             return self.channel.commit(tag, -libc::EOPNOTSUPP);
         };
         if self.refuses(&request) {
             return self.channel.commit(tag, -libc::EIO);
         }
+        if self.fill(tag, &request, arrived)? {
+            return Ok(());
+        }
         match self.at_once(tag, &request, arrived) {
             Some(result) => self.channel.commit(tag, result),
-            None => {
-                self.tags[usize::from(tag)].busy = true;
-                if self.task_bytes > 0 && self.task_bytes + buffer_len(&request) > MAX_TASK_BYTES {
-                    self.waiting.push_back(tag);
-                    return Ok(());
-                }
-                self.start(tag, request, arrived)
-            }
+            None => self.make_task(tag, request, arrived),
         }
+    }
+
+    /// Lets the kernel fill a large read from the file that holds its bytes, where there is one.
+    fn fill(&mut self, tag: u16, request: &Request, arrived: Instant) -> io::Result<bool> {
+        if request.operation != Operation::Read || request.len < FILL_FROM || !self.channel.moves() {
+            return Ok(false);
+        }
+        let whole = request.with_flags(request.flags | Flags::WHOLE);
+        let Some(RangeOrHole::Range(range)) = self.common.export.try_file_range(&whole, arrived) else {
+            return Ok(false);
+        };
+        self.channel.fill(tag, &range)?;
+        self.tags[usize::from(tag)].filling = Some((*request, range, arrived));
+        Ok(true)
+    }
+
+    /// The kernel has filled a read; where it could not, another way is gone.
+    fn filled(&mut self, tag: u16, result: i32) -> io::Result<()> {
+        let Some((request, _, arrived)) = self.tags[usize::from(tag)].filling.take() else { return Ok(()) };
+        self.channel.release(tag)?;
+        if u64::try_from(result) == Ok(request.len) {
+            self.fills += 1;
+            return self.channel.commit(tag, translate::success(&request));
+        }
+        if self.giving_up {
+            return self.channel.commit(tag, -libc::EIO);
+        }
+        tracing::debug!(tag, result, "a read was not filled by the kernel");
+        // It has been counted.
+        self.make_task(tag, request.with_flags(request.flags | Flags::CONTINUED), arrived)
+    }
+
+    /// Makes a task of a request, or lets it wait for bytes.
+    fn make_task(&mut self, tag: u16, request: Request, arrived: Instant) -> io::Result<()> {
+        self.tags[usize::from(tag)].busy = true;
+        if self.task_bytes > 0 && self.task_bytes + buffer_len(&request) > MAX_TASK_BYTES {
+            self.waiting.push_back(tag);
+            return Ok(());
+        }
+        self.start(tag, request, arrived)
     }
 
     /// Whether a request fails before it begins.
@@ -314,8 +368,8 @@ impl Queue {
             self.channel.commit(tag, -libc::EIO)?;
         }
         for tag in 0..self.channel.depth() {
-            let place = self.tags[usize::from(tag)];
-            if place.busy && self.settle(tag, place.generation) {
+            let Tag { busy, generation, .. } = self.tags[usize::from(tag)];
+            if busy && self.settle(tag, generation) {
                 self.tags[usize::from(tag)].generation += 1;
                 self.channel.commit(tag, -libc::EIO)?;
             }

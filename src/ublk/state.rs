@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 /// What the file holds.
@@ -63,6 +64,11 @@ impl Record {
     /// The same for a device of this number and size.
     pub(super) fn of(self, id: u32, size: u64) -> Self {
         Record { id, size, ..self }
+    }
+
+    /// The same with another supervisor.
+    pub(super) fn supervised_by(self, process: Pid) -> Self {
+        Record { supervisor: Some(process.as_raw_pid().unsigned_abs()), ..self }
     }
 
     /// The words of the command line, as they were given.

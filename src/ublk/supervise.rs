@@ -3,28 +3,32 @@
 //!
 //! ```text
 //!   --supervise:  supervisor ──fork──> server      dies: fork again, with --recover; after --recover-timeout: bury
+//!                                        └─fork──> standby     the supervisor dies: it becomes the supervisor
 //!   without:      server ──fork──> guardian        dies: wait for somebody's --recover so long; then bury
 //! ```
 //!
-//! The server tells of itself through a pipe, whose end is the server's. Both watchers are whole before the device
-//! exists: they need no file of a disk that hangs.
+//! The server tells of itself through a pipe to each watcher, whose end is the server's. The watchers are whole before
+//! the device exists: they need no file of a disk that hangs. The standby is `standby`'s business.
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, setpgid, waitpid};
+use rustix::process::{Pid, setpgid};
 
 use super::abi::State;
 use super::control::{Control, block_path};
 use super::device::bury;
 use super::memory;
 use super::signals::{Heard, Signals};
+use super::standby;
 use super::wait::is_alive;
+use super::watched::Watched;
 use crate::cli::{ServeArgs, UblkArgs};
 use crate::daemon::{self, Forked, PidFile, Ready};
 use crate::serve;
@@ -35,8 +39,8 @@ const WELL_AFTER: Duration = Duration::from_secs(10);
 /// Between two attempts to take over.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// The server's end of the pipe.
-static PIPE: OnceLock<File> = OnceLock::new();
+/// The server's ends of the pipes, one to each watcher.
+static PIPES: OnceLock<Vec<File>> = OnceLock::new();
 
 /// What a server tells its watcher. The device's number is four bytes more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +57,14 @@ pub(super) enum Message {
 
 /// What a watcher has been told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Told {
-    device: Option<u32>,
+pub(super) struct Told {
+    pub(super) device: Option<u32>,
     live: bool,
     stopping: bool,
-    gone: bool,
+    pub(super) gone: bool,
 }
 
-/// Tells the watcher, where there is one.
+/// Tells the watchers, where there are any.
 pub(super) fn tell(message: Message) {
     let bytes: Vec<u8> = match message {
         Message::Device(id) => [b"D".as_slice(), &id.to_ne_bytes()].concat(),
@@ -68,14 +72,14 @@ pub(super) fn tell(message: Message) {
         Message::Stopping => b"S".to_vec(),
         Message::Gone => b"G".to_vec(),
     };
-    if let Some(mut pipe) = PIPE.get() {
+    for mut pipe in PIPES.get().into_iter().flatten() {
         // A watcher that is gone needs no telling.
         let _ = pipe.write_all(&bytes);
     }
 }
 
 impl Told {
-    fn from(bytes: &[u8]) -> Self {
+    pub(super) fn from(bytes: &[u8]) -> Self {
         let mut told = Told::default();
         let mut rest = bytes;
         while let Some((word, tail)) = rest.split_first() {
@@ -121,7 +125,7 @@ pub(crate) fn run(mut args: ServeArgs) -> Result<ExitCode> {
 fn guard(patience: Duration) -> Result<()> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for the guardian")?;
     if daemon::split()?.is_some() {
-        let _ = PIPE.set(File::from(writer));
+        let _ = PIPES.set(vec![File::from(writer)]);
         return Ok(());
     }
     drop(writer);
@@ -163,48 +167,66 @@ fn wait_for_successor(id: u32, dead: Option<Pid>, patience: Duration) -> Result<
 /// Serves in a child; when that dies, in another one that takes the device over.
 fn supervise(args: &mut ServeArgs, ready: Ready) -> Result<ExitCode> {
     let signals = Signals::block().context("cannot block signals")?;
-    let pid_file = args.process.pid_file.take().map(|path| PidFile::create(&path)).transpose()?;
-    memory::serve_reclaim();
-    let mut ready = Some(ready);
-    let mut failing_since = None;
-    let status = loop {
-        let started = Instant::now();
-        let (status, told) = serve_in_child(args, &mut ready, &signals)?;
-        // One that was to take over and did not come so far has left the device as it was.
-        let device = told.device.or(args.ublk().and_then(|ublk| ublk.recover));
-        let Some(id) = device.filter(|_| !told.gone) else { break exit_code(status) };
-        let mut control = Control::open()?;
-        let left = control.info(id).is_ok_and(|info| {
-            info.state() != State::Live || info.ublksrv_pid == status.pid || !is_alive(info.ublksrv_pid)
-        });
-        if !left {
-            break exit_code(status);
-        }
-        if told.live && (failing_since.is_none() || started.elapsed() > WELL_AFTER) {
-            failing_since = Some(Instant::now());
-        }
-        let patience = args.ublk().map_or(Duration::ZERO, |ublk| ublk.recover_timeout);
-        let failing = failing_since.get_or_insert_with(Instant::now).elapsed();
-        // A first start that failed has said why: nobody uses the device yet.
-        let never_lived = args.ublk().is_none_or(|ublk| ublk.recover.is_none()) && !told.live;
-        if told.stopping || status.stop || never_lived || failing >= patience {
-            bury(&mut control, id)?;
-            if failing >= patience {
-                tracing::error!("{}: no successor within {patience:?}: removed", block_path(id));
-            }
-            break ExitCode::FAILURE;
-        }
-        tracing::error!("{}: its server has ended unexpectedly: starting another one", block_path(id));
-        if let Some(ublk) = args.ublk_mut() {
-            ublk.recover = Some(id);
-        }
-        if !told.live && stopped_within(PAUSE, &signals) {
-            bury(&mut control, id)?;
-            break ExitCode::FAILURE;
-        }
-    };
+    let pid_path = args.process.pid_file.take();
+    let pid_file = pid_path.as_deref().map(PidFile::create).transpose()?;
+    memory::serve_reclaim(false);
+    let supervisor = Supervisor { signals, pid_path };
+    let first = start_server(args, &supervisor, Some(ready))?;
+    let status = supervisor.watch_over(args, first);
     drop(pid_file);
-    Ok(status)
+    status
+}
+
+/// A process that starts servers.
+pub(super) struct Supervisor {
+    pub(super) signals: Signals,
+    /// Its pid-file, which its successor writes anew.
+    pub(super) pid_path: Option<PathBuf>,
+}
+
+impl Supervisor {
+    /// Watches over a server, and over those that come after it.
+    pub(super) fn watch_over(&self, args: &mut ServeArgs, mut server: Watched) -> Result<ExitCode> {
+        let signals = &self.signals;
+        let (mut started, mut failing_since) = (Instant::now(), None);
+        loop {
+            let (status, told) = server.until_it_ends(signals)?;
+            // One that was to take over and did not come so far has left the device as it was.
+            let device = told.device.or(args.ublk().and_then(|ublk| ublk.recover));
+            let Some(id) = device.filter(|_| !told.gone) else { return Ok(status.code) };
+            let mut control = Control::open()?;
+            let left = control.info(id).is_ok_and(|info| {
+                info.state() != State::Live || info.ublksrv_pid == status.pid || !is_alive(info.ublksrv_pid)
+            });
+            if !left {
+                return Ok(status.code);
+            }
+            if told.live && (failing_since.is_none() || started.elapsed() > WELL_AFTER) {
+                failing_since = Some(Instant::now());
+            }
+            let patience = args.ublk().map_or(Duration::ZERO, |ublk| ublk.recover_timeout);
+            let failing = failing_since.get_or_insert_with(Instant::now).elapsed();
+            // A first start that failed has said why: nobody uses the device yet.
+            let never_lived = args.ublk().is_none_or(|ublk| ublk.recover.is_none()) && !told.live;
+            if told.stopping || status.stop || never_lived || failing >= patience {
+                bury(&mut control, id)?;
+                if failing >= patience {
+                    tracing::error!("{}: no successor within {patience:?}: removed", block_path(id));
+                }
+                return Ok(ExitCode::FAILURE);
+            }
+            tracing::error!("{}: its server has ended unexpectedly: starting another one", block_path(id));
+            if let Some(ublk) = args.ublk_mut() {
+                ublk.recover = Some(id);
+            }
+            if !told.live && stopped_within(PAUSE, signals) {
+                bury(&mut control, id)?;
+                return Ok(ExitCode::FAILURE);
+            }
+            started = Instant::now();
+            server = start_server(args, self, None)?;
+        }
+    }
 }
 
 /// Waits for so long. True where it is told to stop meanwhile.
@@ -220,74 +242,43 @@ fn stopped_within(pause: Duration, signals: &Signals) -> bool {
     }
 }
 
-/// How a child ended.
-struct Ended {
-    pid: i32,
-    status: WaitStatus,
-    /// It had been told to.
-    stop: bool,
-}
-
-fn exit_code(ended: Ended) -> ExitCode {
-    match ended.status.exit_status().and_then(|code| u8::try_from(code).ok()) {
-        Some(code) => ExitCode::from(code),
-        None => ExitCode::FAILURE,
-    }
-}
-
-fn serve_in_child(
-    args: &mut ServeArgs,
-    ready: &mut Option<Ready>,
-    signals: &Signals,
-) -> Result<(Ended, Told)> {
+/// Forks a server, and it its standby. The child tells whoever waits.
+fn start_server(args: &mut ServeArgs, supervisor: &Supervisor, ready: Option<Ready>) -> Result<Watched> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for the server")?;
-    let supervisor = std::process::id();
+    let own = rustix::process::getpid();
     let Some(child) = daemon::split()? else {
         drop(reader);
-        let _ = PIPE.set(File::from(writer));
-        signals.restore();
         // A Ctrl-C is for the supervisor alone, which passes it on.
         if !args.process.fork {
             let _ = setpgid(None, None);
         }
-        if let Some(ublk) = args.ublk_mut() {
-            ublk.supervisor = Some(supervisor);
-        }
-        let status = serve::run_ready(args, ready.take().unwrap_or_else(Ready::silent));
-        let code = status.unwrap_or_else(|error| crate::cli::report(&error));
+        let served = || -> Result<ExitCode> {
+            let mut pipes = vec![File::from(writer)];
+            standby::make(args, supervisor, own, &mut pipes)?;
+            let _ = PIPES.set(pipes);
+            supervisor.signals.restore();
+            if let Some(ublk) = args.ublk_mut() {
+                ublk.supervisor = Some(own.as_raw_pid().unsigned_abs());
+            }
+            serve::run_ready(args, ready.unwrap_or_else(Ready::silent))
+        };
+        let code = served().unwrap_or_else(|error| crate::cli::report(&error));
         std::process::exit(i32::from(code != ExitCode::SUCCESS));
     };
     drop(writer);
-    // The child tells whoever waits.
-    if ready.take().is_some() && args.process.fork {
+    if ready.is_some() && args.process.fork {
         daemon::leave_terminal(args.process.verbose > 0)?;
     }
-    let mut stop = false;
-    let status = loop {
-        match signals.wait(Duration::from_secs(1)) {
-            Heard::Stop => {
-                stop = true;
-                let _ = kill_process(child, Signal::TERM);
-            }
-            Heard::Child | Heard::Nothing => {
-                if let Some((_, status)) = waitpid(Some(child), WaitOptions::NOHANG)? {
-                    break status;
-                }
-            }
-        }
-    };
-    let mut bytes = Vec::new();
-    File::from(reader).read_to_end(&mut bytes)?;
-    Ok((Ended { pid: child.as_raw_pid(), status, stop }, Told::from(&bytes)))
+    Watched::new(child, reader, true)
 }
 
 /// The device's flags among those of a process.
 impl ServeArgs {
-    fn ublk(&self) -> Option<&UblkArgs> {
+    pub(super) fn ublk(&self) -> Option<&UblkArgs> {
         self.doors.iter().find_map(crate::cli::DoorArgs::ublk)
     }
 
-    fn ublk_mut(&mut self) -> Option<&mut UblkArgs> {
+    pub(super) fn ublk_mut(&mut self) -> Option<&mut UblkArgs> {
         self.doors.iter_mut().find_map(crate::cli::DoorArgs::ublk_mut)
     }
 }

@@ -141,19 +141,12 @@ mod tests {
 
     #[test]
     fn every_error_kind_has_its_errno() {
-        let table = [
-            (ErrorKind::InvalidInput, 22),
-            (ErrorKind::NoSpace, 28),
-            (ErrorKind::ReadOnly, 1),
-            (ErrorKind::NotSupported, 95),
-            (ErrorKind::Overflow, 75),
-            (ErrorKind::NoMemory, 12),
-            (ErrorKind::ShuttingDown, 5),
-            (ErrorKind::Io, 5),
-        ];
-        for (kind, errno) in table {
-            assert_eq!(error(&Error::new(kind, "")), -errno, "{kind:?}");
-        }
+        use ErrorKind::{
+            InvalidInput, Io, NoMemory, NoSpace, NotSupported, Overflow, ReadOnly, ShuttingDown,
+        };
+        let kinds = [InvalidInput, NoSpace, ReadOnly, NotSupported, Overflow, NoMemory, ShuttingDown, Io];
+        let errnos = kinds.map(|kind| -error(&Error::new(kind, "")));
+        assert_eq!(errnos, [22, 28, 1, 95, 75, 12, 5, 5]);
     }
 
     #[test]

@@ -7,16 +7,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 use super::options::DiskFormat;
 use super::{DoorChoice, Name, Provision, Record};
-use crate::attach::{backing_file, describe_use, in_use};
+use crate::attach::{backing_file, describe_use, detach_loop, in_use};
 use crate::attachment::{Attachment, started};
 use crate::cli::{DetachArgs, parse_source};
 use crate::control::{self, Served};
-use crate::{detach, ublk};
+use crate::detach;
+use crate::ublk::{self, Server};
 
 /// A device that has just been unmounted may be looked at by others for a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -27,9 +28,12 @@ pub(crate) struct Plane {
     pub(crate) device: PathBuf,
     /// Nobody can write through it.
     pub(crate) read_only: bool,
+    /// The process. A successor has another one.
     pid: u32,
     /// In clock ticks, as process numbers are used again.
     started: u64,
+    /// What tells the device from others that have its number before or after.
+    mark: String,
 }
 
 /// How a data plane is.
@@ -85,36 +89,34 @@ impl Plane {
     }
 
     fn of(device: PathBuf, read_only: bool) -> Result<Self> {
-        let by_loop = || {
-            // A process that has just given the device up may still be there: the file tells whose it is.
-            let file = backing_file(&device);
-            let is_it = |attachment: &Attachment| {
-                attachment.device.as_deref() == Some(&device) && Some(&attachment.file) == file.as_ref()
-            };
-            let found = Attachment::all().into_iter().find(|(attachment, _)| is_it(attachment));
-            found.map(|(attachment, _)| attachment.pid)
-        };
-        let pid = match ublk_name(&device) {
-            Some(name) => ublk::server(name).map(|(pid, _)| pid),
-            None => by_loop(),
-        };
-        let pid = pid.with_context(|| format!("{}: its process has ended", device.display()))?;
-        Ok(Plane { started: started(pid).unwrap_or(0), device, read_only, pid })
+        let server =
+            server(&device).with_context(|| format!("{}: its process has ended", device.display()))?;
+        let started = started(server.pid).unwrap_or(0);
+        Ok(Plane { device, read_only, pid: server.pid, started, mark: server.mark })
     }
 
     /// How it is.
     pub(crate) fn life(&self) -> Life {
-        match ublk_name(&self.device).map(ublk::server) {
-            Some(Some((_, true))) => Life::Serves,
-            Some(Some((_, false))) => Life::Recovers,
-            Some(None) => Life::Dead,
-            None if self.is_running() => Life::Serves,
-            None => Life::Dead,
+        match self.server() {
+            Some(server) if server.live => Life::Serves,
+            Some(_) if ublk_name(&self.device).is_some() => Life::Recovers,
+            _ => Life::Dead,
         }
     }
 
     fn is_running(&self) -> bool {
         started(self.pid).is_some_and(|since| since == self.started)
+    }
+
+    /// Its process has died, and so has the mount namespace that its file was in, as a container's does: nobody knows the
+    /// file by a name any more.
+    fn is_left(&self) -> bool {
+        !self.is_running() && backing_file(&self.device).is_some_and(|file| file == Path::new("/"))
+    }
+
+    /// Who serves the device, as long as that is ours.
+    fn server(&self) -> Option<Server> {
+        server(&self.device).filter(|server| server.mark == self.mark)
     }
 
     /// The door, for people.
@@ -133,10 +135,10 @@ impl Plane {
 
     /// Notices another process in the place of the first. True where there is one.
     pub(super) fn follow(&mut self) -> bool {
-        match ublk_name(&self.device).and_then(ublk::server) {
-            Some((pid, true)) if pid != self.pid => {
-                self.pid = pid;
-                self.started = started(pid).unwrap_or(0);
+        match self.server() {
+            Some(server) if server.live && server.pid != self.pid => {
+                self.pid = server.pid;
+                self.started = started(server.pid).unwrap_or(0);
                 true
             }
             _ => false,
@@ -151,8 +153,11 @@ impl Plane {
 
     /// Whether somebody has the device for himself: it is mounted, in whatever namespace, or part of another device.
     pub(crate) fn is_in_use(&self) -> bool {
-        // To open a device that waits for its process would be to wait, too.
-        self.life() == Life::Recovers || in_use(&self.device)
+        match (self.server(), self.life()) {
+            (None, _) => false,
+            // To open a device that waits for its process would be to wait, too.
+            (Some(_), life) => life == Life::Recovers || in_use(&self.device),
+        }
     }
 
     /// Words for that use.
@@ -165,28 +170,42 @@ impl Plane {
     /// # Errors
     /// One line.
     pub(super) fn stop(&self, force: bool) -> Result<()> {
-        let force = force || self.life() == Life::Dead;
-        let args = DetachArgs { target: self.device.clone(), force };
         let until = Instant::now() + PATIENCE;
         loop {
-            let Err(error) = detach::run(&args) else { return Ok(()) };
-            if self.is_gone() {
-                return Ok(());
+            let ended = match self.server() {
+                Some(server) => {
+                    let force = force || !server.live && ublk_name(&self.device).is_none();
+                    detach::run(&DetachArgs { target: self.device.clone(), force })
+                }
+                // The device is not ours any more, and may be another one's; our image is, as long as the process is there.
+                None if self.is_running() => Err(anyhow!("process {} does not end", self.pid)),
+                None if self.is_left() => detach_loop(&self.device).context("a device without a file"),
+                None => Ok(()),
+            };
+            match ended {
+                Err(error) if Instant::now() >= until => return Err(error),
+                Ok(()) if !self.is_running() || Instant::now() >= until => return Ok(()),
+                _ => std::thread::sleep(Duration::from_millis(20)),
             }
-            if Instant::now() >= until {
-                return Err(error);
-            }
-            std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
 
-    /// Nothing is left of it.
-    fn is_gone(&self) -> bool {
-        match ublk_name(&self.device) {
-            Some(name) => ublk::server(name).is_none(),
-            None => !self.is_running() && backing_file(&self.device).is_none(),
-        }
+/// Who serves the device of this path, and since when.
+fn server(device: &Path) -> Option<Server> {
+    if let Some(name) = ublk_name(device) {
+        return ublk::server(name);
     }
+    // What is written down of a device may be of an earlier one: the file that it stands upon now tells.
+    let file = backing_file(device)?;
+    let is_it =
+        |attachment: &Attachment| attachment.device.as_deref() == Some(device) && attachment.file == file;
+    let (attachment, _) = Attachment::all().into_iter().find(|(attachment, _)| is_it(attachment))?;
+    Some(Server {
+        pid: attachment.pid,
+        live: attachment.is_alive(),
+        mark: format!("{} {}", file.display(), attachment.started),
+    })
 }
 
 fn ublk_name(device: &Path) -> Option<&str> {

@@ -12,6 +12,8 @@ use anyhow::{Context, anyhow};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
 use super::{Result, Volume};
+use crate::attach::{backing_file, is_attachment};
+use crate::fuse::Mounted;
 
 /// Mounts the volume's device, does something in its root folder, and unmounts it again: all of it is durable then.
 ///
@@ -28,17 +30,37 @@ pub(super) fn mounted(
         .mode(0o700)
         .create(&point)
         .with_context(|| format!("{}: cannot make it", point.display()))?;
-    let run = || {
-        leave().context("no mount namespace of its own")?;
+    apart(|| {
         volume.mount_at(device, &point, false)?;
         let worked = work(&point);
         let unmounted = unmount(&point, UnmountFlags::NOFOLLOW);
         unmounted.with_context(|| format!("{}: cannot unmount it", point.display()))?;
         worked
+    })?
+}
+
+/// Does something where no other volume of this host is mounted.
+///
+/// # Errors
+/// One line: no mount namespace of its own.
+pub(super) fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+    let run = || {
+        leave().context("no mount namespace of its own")?;
+        for mounted in Mounted::all().unwrap_or_default().iter().rev().filter(|mounted| is_volume(mounted)) {
+            // Where that fails, it stays for a moment.
+            let _ = unmount(&mounted.point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+        Ok(work())
     };
     std::thread::scope(|scope| {
-        scope.spawn(run).join().unwrap_or_else(|_| Err(anyhow!("a thread ended without its result").into()))
+        scope.spawn(run).join().unwrap_or_else(|_| Err(anyhow!("a thread ended without its result")))
     })
+}
+
+/// Whether it is the mount of a data plane's loop device.
+fn is_volume(mounted: &Mounted) -> bool {
+    let file = backing_file(Path::new(&mounted.source));
+    file.is_some_and(|file| file.parent().is_some_and(is_attachment))
 }
 
 /// Gives this thread mounts of its own; what is unmounted elsewhere goes here, too.

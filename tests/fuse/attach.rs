@@ -57,6 +57,29 @@ fn a_file_system_on_an_attached_image() {
     run("fsck.ext4", &[&"-fn", &mount.join("disk.img")]);
 }
 
+/// What is in the way is the mount, and not the device that stands on the file.
+#[test]
+fn a_forced_end_blames_the_mount_alone() {
+    const TEST: &str = "a_forced_end_blames_the_mount_alone";
+    if skip(TEST) {
+        return;
+    }
+    let mut mount = attach(16 << 20);
+    let (device, place) = (mount.path.clone(), mount.join("place"));
+    run("mkfs.ext4", &[&"-q", &device]);
+    fs::create_dir(&place).unwrap();
+    run("mount", &[&device, &place]);
+    let words = ["detach".as_ref(), "--force".as_ref(), device.as_os_str()];
+    let ended = nbdbridge(mount.folder.path(), &words).output().unwrap();
+    run("umount", &[&"-l", &place]);
+    assert!(ended.status.success() && ended.stderr.is_empty(), "{ended:?}");
+    assert!(mount.server.wait(std::time::Duration::from_secs(20)).is_some());
+    let (log, shown) = (mount.log(), device.display().to_string());
+    assert!(log.contains(&format!("{shown}: is in use (mounted at {}", place.display())), "{log}");
+    assert!(log.contains(&format!("{shown}: still in use: its users get an error")), "{log}");
+    assert!(!log.contains("in use by"), "{log}");
+}
+
 #[test]
 fn attach_devices_detach() {
     const TEST: &str = "attach_devices_detach";
@@ -83,6 +106,17 @@ fn attach_devices_detach() {
     assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
     let refused = nbdbridge(folder.path(), &["detach".as_ref(), device.as_os_str()]).output().unwrap();
     assert!(one_line(&refused).contains("was not attached by nbdbridge"), "{refused:?}");
+}
+
+#[test]
+fn what_has_no_sector_is_no_device() {
+    if skip("what_has_no_sector_is_no_device") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let refused = nbdbridge(folder.path(), &["attach", "mem:100"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(one_line(&refused).contains("mem:100: of 100 bytes no block device"), "{refused:?}");
 }
 
 #[test]

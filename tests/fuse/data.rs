@@ -1,5 +1,6 @@
 //! What is stored, what is a hole, and that other doors' writes are seen.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -9,8 +10,8 @@ use nbd_proto::ReplyStyle;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
-use crate::support::mount::{Mount, missing, nbdbridge};
-use crate::support::{Negotiation, Random, Stream, text};
+use crate::support::mount::{Mount, fuse, missing, nbdbridge, run};
+use crate::support::{Negotiation, PROGRAM, Random, Stream, text};
 
 const MIB: u64 = 1 << 20;
 
@@ -108,6 +109,95 @@ fn data_and_holes_are_found() {
     assert_eq!(hole(64 * MIB - 1), Ok(64));
 }
 
+/// What is data: where it begins, how long it is, and whether it is any.
+type Run = (u64, u64, bool);
+
+/// Neighbours of one kind become one.
+fn runs(all: impl IntoIterator<Item = Run>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (offset, len, data) in all {
+        match runs.last_mut() {
+            Some((begin, before, kind)) if *kind == data => {
+                assert_eq!(*begin + *before, offset);
+                *before += len;
+            }
+            _ => runs.push((offset, len, data)),
+        }
+    }
+    runs
+}
+
+/// Lines of `OFFSET LENGTH KIND`, as `nbdinfo --map` and `nbdbridge info --map` have them.
+fn columns(text: &str) -> Vec<Run> {
+    let fields = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let numbered = fields.filter(|fields| fields.len() >= 3 && fields[0].parse::<u64>().is_ok());
+    let number = |text: &str| text.parse().unwrap();
+    numbered.map(|fields| (number(fields[0]), number(fields[1]), fields.contains(&"data"))).collect()
+}
+
+/// `qemu-img map` of a file.
+fn mapped(args: &[&dyn AsRef<OsStr>]) -> Vec<Run> {
+    let json = run("qemu-img", &[&[&"map" as &dyn AsRef<OsStr>, &"--output=json"], args].concat());
+    let all: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+    let number = |one: &serde_json::Value, key: &str| one[key].as_u64().unwrap();
+    runs(all.iter().map(|one| (number(one, "start"), number(one, "length"), one["data"] == true)))
+}
+
+/// The same by lseek(2).
+fn sought(file: &File) -> Vec<Run> {
+    let size = file.metadata().unwrap().len();
+    let (mut all, mut place) = (Vec::new(), 0);
+    while place < size {
+        let data = seek(file, SeekFrom::Data(place)).unwrap_or(size);
+        if data > place {
+            assert_eq!(seek(file, SeekFrom::Hole(place)), Ok(place));
+            all.push((place, data - place, false));
+        }
+        if data < size {
+            let hole = seek(file, SeekFrom::Hole(data)).unwrap();
+            all.push((data, hole - data, true));
+            place = hole;
+        } else {
+            place = size;
+        }
+    }
+    all
+}
+
+/// What lseek(2) finds, the other door's block status, our map and qemu's are one.
+#[test]
+fn a_sparse_qcow2_has_the_same_holes_for_everybody() {
+    const TEST: &str = "a_sparse_qcow2_has_the_same_holes_for_everybody";
+    if missing(TEST, &["qemu-img", "qemu-io", "nbdinfo"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.qcow2");
+    run("qemu-img", &[&"create", &"-q", &"-f", &"qcow2", &image, &"64M"]);
+    let commands = ["write -P 7 1M 3M", "write 20M 64K", "write -z 30M 1M", "write 40M 4M", "discard 41M 1M"];
+    let mut args: Vec<&dyn AsRef<OsStr>> = vec![&"-f", &"qcow2", &image];
+    for command in &commands {
+        args.extend([&"-c" as &dyn AsRef<OsStr>, command]);
+    }
+    args.extend([&"-c" as &dyn AsRef<OsStr>, &"write -P 1 65472K 64K"]);
+    run("qemu-io", &args);
+    let expected = mapped(&[&"-f", &"qcow2", &image]);
+    let data: Vec<_> = expected.iter().filter(|(_, _, data)| *data).map(|(at, ..)| at / MIB).collect();
+    assert_eq!(data, [1, 20, 40, 42, 63]);
+    let ours = |source: &dyn AsRef<OsStr>| runs(columns(&run(PROGRAM, &[&"info", &"--map", source])));
+    assert_eq!(ours(&image), expected);
+    let socket = folder.path().join("sock");
+    let mut command = fuse(folder.path());
+    command.args(["disk.qcow2", "file", "--also-net", "-k", "sock"]);
+    let mut mount = Mount::start_as(folder, &mut command, 2, 0);
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    assert_eq!(sought(&mount.open()), expected);
+    assert_eq!(runs(columns(&run("nbdinfo", &[&"--map", &uri]))), expected);
+    assert_eq!(ours(&uri), expected);
+    assert_eq!(mapped(&[&"-f", &"raw", &"-U", &mount.path]), expected);
+    mount.stop();
+}
+
 /// One export through two doors: what NBD calls a hole is one for lseek(2), and each sees what the other writes.
 #[test]
 fn both_doors_show_the_same() {
@@ -127,24 +217,9 @@ fn both_doors_show_the_same() {
     let uri = format!("nbd+unix:///?socket={}", text(&socket));
     let map = Command::new("nbdinfo").args(["--map", &uri]).output().unwrap();
     let file = mount.open();
-    let mut place = 0;
-    for line in String::from_utf8(map.stdout).unwrap().lines() {
-        let fields: Vec<u64> = line.split_whitespace().take(3).map(|field| field.parse().unwrap()).collect();
-        let &[offset, len, kind] = &fields[..] else { panic!("{line}") };
-        assert_eq!(offset, place, "{line}");
-        place += len;
-        let (here, next) = if kind == 0 {
-            (SeekFrom::Data(offset), SeekFrom::Hole(offset))
-        } else {
-            (SeekFrom::Hole(offset), SeekFrom::Data(offset))
-        };
-        assert_eq!(seek(&file, here), Ok(offset), "{line}");
-        match seek(&file, next) {
-            Ok(next) => assert_eq!(next, place, "{line}"),
-            Err(errno) => assert_eq!((errno, place), (Errno::NXIO, 32 * MIB), "{line}"),
-        }
-    }
-    assert_eq!(place, 32 * MIB);
+    let told = runs(columns(&String::from_utf8(map.stdout).unwrap()));
+    assert_eq!(told.iter().map(|(_, len, _)| len).sum::<u64>(), 32 * MIB);
+    assert_eq!(sought(&file), told);
     let mut client = Negotiation::begin(Stream::unix(&socket).unwrap()).enter(ReplyStyle::Structured, "");
     for n in 0..20_u8 {
         client.write(u64::from(n) * 5000, &[n; 700]);

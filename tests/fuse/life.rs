@@ -81,6 +81,42 @@ fn detach_clears_what_a_killed_server_has_left() {
     assert!(one_line(&refused).contains("is no file of nbdbridge's"));
 }
 
+/// That a file was made for it is remembered when its server is killed, whoever comes next.
+#[test]
+fn a_new_file_goes_after_a_kill_too() {
+    if missing("a_new_file_goes_after_a_kill_too", &["umount"]) {
+        return;
+    }
+    let killed = || {
+        let mount = Mount::image(1 << 20, &[]);
+        let path = mount.path.clone();
+        (mount.kill(), path)
+    };
+    // Another server, and another one that is killed as well.
+    let (mut folder, path) = killed();
+    for _ in 0..2 {
+        folder = Mount::at(folder, "disk.img", "file", &[]).kill();
+    }
+    let mut mount = Mount::at(folder, "disk.img", "file", &[]);
+    mount.stop();
+    assert!(!path.exists());
+    // Somebody unmounts it by hand.
+    let (_folder, path) = killed();
+    run("umount", &[&path]);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    run(PROGRAM, &[&"detach", &path]);
+    assert!(!path.exists());
+    // And puts something there, which is not ours.
+    let (folder, path) = killed();
+    run("umount", &[&path]);
+    fs::write(&path, "words").unwrap();
+    let refused = nbdbridge(folder.path(), &["detach", "file"]).output().unwrap();
+    assert!(one_line(&refused).contains("is no file of nbdbridge's"), "{refused:?}");
+    let mut mount = Mount::at(folder, "disk.img", "file", &[]);
+    mount.stop();
+    assert_eq!(fs::read(path).unwrap(), b"words");
+}
+
 #[test]
 fn a_busy_file_is_unmounted_lazily_and_its_data_is_safe() {
     if missing("a_busy_file_is_unmounted_lazily_and_its_data_is_safe", &[]) {

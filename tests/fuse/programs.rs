@@ -146,33 +146,52 @@ fn fio_finds_what_it_wrote() {
     }
 }
 
-/// fsx: a hundred thousand seeded operations, each read compared with what was written.
-#[test]
-fn fsx_is_content() {
+/// fsx: a hundred thousand seeded operations, each read compared with what was written. Shared mappings are not for files
+/// with direct I/O. In block `mode` the size stays.
+fn a_hundred_thousand_operations(test: &str, mut mount: Mount, mode: &str, more: &str) {
     const SEED: &str = "20240607";
-    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/fsx");
-    let fsx = std::env::var_os("NBDBRIDGE_FSX").map_or(tools, PathBuf::from);
-    if missing("fsx_is_content", &[]) {
-        return;
-    }
-    if !fsx.exists() {
-        return eprintln!("SKIP: fsx_is_content: there is no {} (contrib/test installs it)", fsx.display());
-    }
-    let mut mount = Mount::image(MIB, &[]);
-    let settings = mount.join("fsx.toml");
-    // Block mode: the size stays. Shared mappings are not for files with direct I/O.
-    let text = "blockmode = true\nnosizechecks = true\n\
-                [opsize]\nmax = 65536\nmin = 0\nalign = 1\n\
-                [weights]\nread = 10.0\nwrite = 10.0\npunch_hole = 5.0\nfsync = 0.1\nfdatasync = 0.1\nsendfile = 2.0\n\
-                copy_file_range = 2.0\nmapread = 0.0\nmapwrite = 0.0\ntruncate = 0.0\n";
-    fs::write(&settings, text).unwrap();
+    let Some(fsx) = fsx(test) else { return };
+    let file = mount.join("fsx.toml");
+    let weights = "[weights]\nread = 10.0\nwrite = 10.0\npunch_hole = 5.0\nfsync = 0.1\nfdatasync = 0.1\n\
+                   sendfile = 2.0\ncopy_file_range = 2.0\nmapread = 0.0\nmapwrite = 0.0\n";
+    let sizes = "[opsize]\nmax = 65536\nmin = 0\nalign = 1\n";
+    fs::write(&file, format!("{mode}{sizes}{weights}{more}")).unwrap();
     eprintln!("seed {SEED}");
     let output = Command::new(&fsx)
-        .args(["-f".as_ref(), settings.as_os_str(), "-S".as_ref(), SEED.as_ref()])
+        .args(["-f".as_ref(), file.as_os_str(), "-S".as_ref(), SEED.as_ref()])
         .args(["-N".as_ref(), "100000".as_ref(), "-P".as_ref(), mount.folder.path().as_os_str()])
         .arg(&mount.path)
         .output()
         .unwrap();
     assert!(output.status.success(), "seed {SEED}: {}", String::from_utf8_lossy(&output.stderr));
     mount.stop();
+}
+
+/// Where fsx is; None, said aloud, where it is not.
+fn fsx(test: &str) -> Option<PathBuf> {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/fsx");
+    let fsx = std::env::var_os("NBDBRIDGE_FSX").map_or(tools, PathBuf::from);
+    if !fsx.exists() {
+        eprintln!("SKIP: {test}: there is no {} (contrib/test installs it)", fsx.display());
+    }
+    Some(fsx).filter(|fsx| fsx.exists())
+}
+
+#[test]
+fn fsx_is_content() {
+    const TEST: &str = "fsx_is_content";
+    if !missing(TEST, &[]) {
+        let mode = "blockmode = true\nnosizechecks = true\n";
+        a_hundred_thousand_operations(TEST, Mount::image(MIB, &[]), mode, "truncate = 0.0\n");
+    }
+}
+
+/// From an empty file on, which becomes longer and shorter, and is closed and opened.
+#[test]
+fn fsx_is_content_where_it_truncates() {
+    const TEST: &str = "fsx_is_content_where_it_truncates";
+    if !missing(TEST, &[]) {
+        let more = "truncate = 5.0\nposix_fallocate = 1.0\nclose_open = 0.5\n";
+        a_hundred_thousand_operations(TEST, Mount::image(MIB, &["--growable"]), "flen = 1048576\n", more);
+    }
 }

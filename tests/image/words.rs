@@ -105,7 +105,9 @@ fn info_tells_what_an_image_is() {
     let mut bytes = fs::read(&top).unwrap();
     bytes[79] |= 1;
     fs::write(&top, bytes).unwrap();
-    let info = said(&["info", text(&top)]);
+    let output = nbdbridge(&["info", text(&top)]);
+    assert_eq!(output.status.code(), Some(1), "it cannot be served");
+    let info = String::from_utf8(output.stdout).unwrap();
     assert!(
         info.contains("features:        dirty") && info.contains("problem:") && info.contains("check -r all"),
         "{info}"

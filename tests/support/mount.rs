@@ -37,12 +37,28 @@ impl Mount {
 
     /// Starts a command that prints the path in the last of its first `lines` lines.
     pub(crate) fn start(folder: TempDir, command: &mut Command, lines: usize) -> Mount {
+        Mount::start_as(folder, command, lines, lines - 1)
+    }
+
+    /// Starts a command that prints so many lines, and the path in the one with this index.
+    pub(crate) fn start_as(folder: TempDir, command: &mut Command, lines: usize, path: usize) -> Mount {
         let log = File::create(folder.path().join("log")).unwrap();
         let server = Server::start(command.stderr(log), lines);
-        let path = server.lines.last().cloned();
+        let path = server.lines.get(path).cloned();
         let mount = Mount { server, path: PathBuf::from(path.unwrap_or_default()), folder };
         assert_eq!(mount.server.lines.len(), lines, "it did not start: {}", mount.log());
         mount
+    }
+
+    /// Kills it, and leaves all that it leaves, for the next one in the same folder.
+    pub(crate) fn kill(mut self) -> TempDir {
+        self.server.child.kill().unwrap();
+        self.server.child.wait().unwrap();
+        // What is mounted there from now on is another's.
+        self.path = PathBuf::new();
+        let empty = tempfile::tempdir().unwrap();
+        fs::copy(self.join("log"), empty.path().join("log")).unwrap();
+        std::mem::replace(&mut self.folder, empty)
     }
 
     pub(crate) fn log(&self) -> String {

@@ -155,6 +155,32 @@ fn a_data_plane_that_dies() {
 }
 
 #[test]
+fn a_device_whose_number_was_given_away() {
+    if skip("a_device_whose_number_was_given_away", &[]) {
+        return;
+    }
+    let world = World::new();
+    for name in ["a", "b"] {
+        world.ok(&format!("create {name} -o size=64M -o door=fuse"));
+        world.mount(name);
+    }
+    let device = |name: &str| world.inspect(name)["device"].as_str().unwrap().to_owned();
+    let (old, taken) = (device("a"), device("b"));
+    world.kill_plane("a");
+    unmount(world.inspect("a")["mounted"].as_str().unwrap(), UnmountFlags::DETACH).unwrap();
+    assert!(world.command(&["detach", "--force", &old]).output().unwrap().status.success());
+    change_state(&state_file(&world, "a"), |state| state["plane"]["device"] = json!(taken));
+    world.ok("umount a");
+    world.mount("a");
+    world.ok("umount a");
+    let point = PathBuf::from(world.inspect("b")["mounted"].as_str().unwrap());
+    fs::write(point.join("file"), "still there").unwrap();
+    run("sync", &[&"-f", &point]);
+    assert_eq!((device("b"), &world.inspect("b")["health"]), (taken, &json!("ok")));
+    world.ok("umount b");
+}
+
+#[test]
 fn a_reboot() {
     if skip("a_reboot", &["mkfs.xfs"]) {
         return;

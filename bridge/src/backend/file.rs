@@ -5,7 +5,7 @@
 //!   read / write ──> slow ──┬── direct            O_DIRECT: read, modify, write under a range lock
 //!                           └── aio               io_uring of this thread, or a pool of threads
 //!   flush ──> flush (the gate: shared fsyncs, latched failures)
-//!   trim / write_zeroes ──> zero        block_status / cache ──> status        grow / allocate ──> space
+//!   trim / write_zeroes ──> zero        block_status / cache ──> status        grow / shrink / allocate ──> space
 //! ```
 //!
 //! Knows no image format: offset n of the source is offset n of the file.
@@ -162,7 +162,7 @@ struct Disk {
     /// As it was opened; see [`Disk::geometry`].
     opened: Geometry,
     size: AtomicU64,
-    /// How often it has grown.
+    /// How often it has changed.
     version: AtomicU64,
     /// With O_DIRECT, what offsets and lengths must be multiples of.
     direct: Option<u64>,
@@ -291,6 +291,10 @@ impl Backend for FileBackend {
 
     fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
         Box::pin(Disk::grow(&self.disk, size))
+    }
+
+    fn shrink(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(Disk::shrink(&self.disk, size))
     }
 
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {

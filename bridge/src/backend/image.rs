@@ -4,12 +4,13 @@
 //! ```text
 //!   open ──> probe (format) ──> chain (follows names, opens files) ──> Parts
 //!   try_read / try_write / file_range ──> map (guest cluster -> place) ──> file backend's fast path
-//!   all else ──job──> engine thread: engine, write, discard ──> imago ──> host (metadata kept back) ──> commit
+//!   all else ──job──> engine thread: engine, write, discard, status ──> imago ──> host (metadata kept back) ──> commit
 //!   raw without -f ──> guard (the first sector may not become another format)
 //!   create, describe: for the command line
 //! ```
 
 mod chain;
+mod checks;
 mod commit;
 mod create;
 mod describe;
@@ -19,15 +20,17 @@ mod guard;
 mod header;
 mod host;
 mod map;
+mod places;
 mod probe;
 mod refcounts;
+mod snapshots;
+mod status;
 #[cfg(test)]
 mod tests;
 mod thread;
 mod write;
 
 use std::fs::File;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -38,7 +41,8 @@ use imago::FormatAccess;
 
 use super::file::{FileBackend, FileOptions};
 use crate::{
-    Backend, Buffer, Capabilities, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole, Result,
+    Backend, Buffer, Capabilities, Depth, Extent, Flags, Geometry, LocalFuture, OpenError, RangeOrHole,
+    Result,
 };
 use host::Host;
 use map::{Map, Place};
@@ -107,7 +111,6 @@ struct Parts {
     cluster: u64,
     version: u32,
     backing: Option<u64>,
-    metadata: Vec<Range<u64>>,
     data_descriptor: Option<Arc<File>>,
 }
 
@@ -313,6 +316,10 @@ impl Backend for ImageBackend {
 
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         Box::pin(self.engine.run(move |engine| async move { engine.block_status(offset, len, flags).await }))
+    }
+
+    fn allocation_depth(&self, offset: u64, len: u64, _flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
+        Box::pin(self.engine.run(move |engine| async move { engine.allocation_depth(offset, len).await }))
     }
 
     fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {

@@ -27,6 +27,9 @@ pub struct MemoryBackend {
     size: AtomicU64,
     /// How often it has grown.
     version: AtomicU64,
+    min_block: u32,
+    /// What it does not let on that it can do.
+    lacks: Capabilities,
     shards: Box<[Shard]>,
 }
 
@@ -50,8 +53,16 @@ impl MemoryBackend {
         MemoryBackend {
             size: AtomicU64::new(size),
             version: AtomicU64::new(0),
+            min_block: 1,
+            lacks: Capabilities::NONE,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
         }
+    }
+
+    /// The same as a source that takes only whole blocks of this size, and lacks some capabilities, as remote disks do.
+    #[must_use]
+    pub fn posing_as(self, min_block: u32, lacks: Capabilities) -> Self {
+        MemoryBackend { min_block, lacks, ..self }
     }
 
     /// Bytes that are allocated now, in whole chunks.
@@ -167,16 +178,17 @@ impl Backend for MemoryBackend {
         Geometry {
             version: self.version.load(Acquire),
             size: self.size(),
-            min_block: 1,
+            min_block: self.min_block,
             preferred_block: 4096,
-            capabilities: Capabilities::FLUSH
+            capabilities: (Capabilities::FLUSH
                 | Capabilities::FUA
                 | Capabilities::TRIM
                 | Capabilities::WRITE_ZEROES
                 | Capabilities::FAST_ZERO
                 | Capabilities::CACHE
                 | Capabilities::MULTI_CONN
-                | Capabilities::GROW,
+                | Capabilities::GROW)
+                .without(self.lacks),
         }
     }
 

@@ -266,6 +266,10 @@ impl Backend for Fault {
         self.inner.grow(size)
     }
 
+    fn shrink(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.shrink(size)
+    }
+
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
         self.inner.allocate(offset, len)
     }

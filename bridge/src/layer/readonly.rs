@@ -10,7 +10,7 @@ use crate::{
 
 /// A source that cannot be changed through this layer.
 ///
-/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW` and `ALLOCATE`; keeps the rest. A
+/// Capabilities: gains `READ_ONLY`, loses `TRIM`, `WRITE_ZEROES`, `FAST_ZERO`, `FUA`, `GROW`, `SHRINK` and `ALLOCATE`; keeps the rest. A
 /// flush passes through: the source may hold changes that were made before.
 pub struct ReadOnly {
     inner: Arc<dyn Backend>,
@@ -36,6 +36,7 @@ impl Backend for ReadOnly {
             | Capabilities::FAST_ZERO
             | Capabilities::FUA
             | Capabilities::GROW
+            | Capabilities::SHRINK
             | Capabilities::ALLOCATE;
         Geometry { capabilities: geometry.capabilities.without(lost) | Capabilities::READ_ONLY, ..geometry }
     }

@@ -1,6 +1,6 @@
 //! A part of a source, as a source of its own: what `--offset`, `--size` and `--partition` serve.
 //!
-//! Capabilities are the source's, but for growing: a part has its place. Every operation passes through, moved; nothing
+//! Capabilities are the source's, but for growing and shrinking: a part has its place. Every operation passes through, moved; nothing
 //! outside the part can be reached, since the range is checked against this layer's size.
 
 use crate::{
@@ -28,7 +28,7 @@ impl Backend for Slice {
         let geometry = self.inner.geometry();
         Geometry {
             size: self.len,
-            capabilities: geometry.capabilities.without(Capabilities::GROW),
+            capabilities: geometry.capabilities.without(Capabilities::GROW | Capabilities::SHRINK),
             ..geometry
         }
     }

@@ -184,6 +184,10 @@ impl Backend for Throttle {
         self.inner.grow(size)
     }
 
+    fn shrink(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.inner.shrink(size)
+    }
+
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
         self.inner.allocate(offset, len)
     }

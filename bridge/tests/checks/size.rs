@@ -49,6 +49,39 @@ pub async fn a_disk_that_can_grow_does(disk: Disk) {
     disk.assert_is(&image).await;
 }
 
+pub async fn a_disk_that_can_shrink_does(disk: Disk) {
+    let before = disk.export.geometry();
+    let mut image = fresh(&disk);
+    if !before.capabilities.contains(Capabilities::SHRINK) {
+        let refused = disk.export.shrink_to(before.size - 1).await.unwrap_err().kind();
+        let expected =
+            if disk.kind == Kind::ReadOnly { ErrorKind::ReadOnly } else { ErrorKind::NotSupported };
+        assert_eq!(refused, expected);
+        assert_eq!(disk.export.geometry(), before, "nothing has happened");
+        return disk.assert_is(&image).await;
+    }
+    let mut sizes = disk.export.watch_size();
+    disk.export.shrink_to(before.size).await.unwrap();
+    assert_eq!(disk.export.geometry(), before, "it has that size");
+    for size in [before.size - 1, before.size / 2 + 77, 4096, 100, 0] {
+        for path in PATHS {
+            let data = pattern(7, 1000.min(image.len()));
+            let offset = image.len() - data.len();
+            disk.write(path, offset as u64, &data, Flags::NONE).await.unwrap();
+            image[offset..].copy_from_slice(&data);
+        }
+        disk.export.shrink_to(size).await.unwrap();
+        image.truncate(usize::try_from(size).unwrap());
+        assert!(sizes.has_changed().unwrap() && *sizes.borrow_and_update() == size);
+        disk.assert_is(&image).await;
+        // What was cut off does not come back.
+        disk.export.resize(size + 3000).await.unwrap();
+        image.resize(image.len() + 3000, 0);
+        disk.assert_is(&image).await;
+    }
+    assert!(disk.export.geometry().version > before.version);
+}
+
 pub async fn space_can_be_reserved(disk: Disk) {
     let geometry = disk.export.geometry();
     let can = geometry.capabilities.contains(Capabilities::ALLOCATE);

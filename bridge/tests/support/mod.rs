@@ -7,7 +7,7 @@ pub mod nbd;
 pub mod stacks;
 
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bridge::Export;
 use tokio::runtime::{Builder, LocalOptions};
@@ -26,6 +26,24 @@ pub fn seed() -> u64 {
     };
     println!("NBDBRIDGE_SEED={seed}");
     seed
+}
+
+/// Runs a test with one seed after the other, each printed, until the time is up: NBDBRIDGE_SEED alone where it is set, else 1,
+/// 2 and so on, two of them at least.
+pub fn for_seeds(budget: Duration, mut test: impl FnMut(u64)) {
+    let begun = Instant::now();
+    let first = seed();
+    test(first);
+    if std::env::var_os("NBDBRIDGE_SEED").is_some() {
+        return;
+    }
+    for seed in first + 1.. {
+        println!("NBDBRIDGE_SEED={seed}");
+        test(seed);
+        if begun.elapsed() >= budget {
+            return;
+        }
+    }
 }
 
 /// Runs a future on a worker's kind of runtime.

@@ -13,6 +13,7 @@ import process
 import report
 import scaling
 import sources
+import vm
 from clients import CLIENTS
 from machine import say
 from servers import SERVERS
@@ -24,6 +25,7 @@ contrib/bench - measures nbdbridge beside its peers, on the same image, in turn,
   contrib/bench             everything: about an hour
   contrib/bench --scaling   cost and memory against connections and exports, 1 to 1000
   contrib/bench --fuse      FUSE files
+  contrib/bench --vm        kernel devices, in the test VM
 
 Installs what is missing by apt, builds the release program, and leaves nothing behind. Each cell is run once per server
 and round, in turn (A B C, A B C), with a server started afresh; medians are shown. Everybody runs with default options.
@@ -31,13 +33,15 @@ Exit status 0: every run went well; 1: some failed, and are named; 130: interrup
 
 # A suite is a module with NAME and HELP; tools(settings): what has to be installed; forecast_seconds(settings); and
 # run(settings, records, say), which appends a Record for each run. Tables, chart and JSON need no more than that.
-SUITES = {suite.NAME: suite for suite in (net, scaling, fuse, sources)}
+SUITES = {suite.NAME: suite for suite in (net, scaling, fuse, sources, vm)}
 
 PRESETS = {
     "quick": {"rounds": 1, "seconds": 1, "size_mib": 256, "storages": ["tmpfs", "disk"], "transports": ["unix"],
-              "cells": [name for name, cell in cells.CELLS.items() if cell.headline], "points": [1, 100, 1000]},
+              "cells": [name for name, cell in cells.CELLS.items() if cell.headline], "points": [1, 100, 1000],
+              "kernels": ["6.12"]},
     "full": {"rounds": 3, "seconds": 2, "size_mib": 1024, "storages": ["tmpfs", "disk", "direct"],
-             "transports": ["unix", "tcp"], "cells": list(cells.CELLS), "points": [1, 10, 100, 1000]},
+             "transports": ["unix", "tcp"], "cells": list(cells.CELLS), "points": [1, 10, 100, 1000],
+             "kernels": ["6.12", "new"]},
 }
 
 
@@ -66,6 +70,7 @@ def options():
     choice("--server", "servers", "only this one", choices=SERVERS)
     choice("--client", "clients", "only this one", choices=CLIENTS)
     choice("--point", "points", "with --scaling: so many connections and exports", type=positive, metavar="N")
+    choice("--kernel", "kernels", "with --vm: only this one", choices=full["kernels"])
     parser.add_argument("--every-transport", action="store_true", help="TCP on every storage, not only on the first")
     parser.add_argument("--tmpfs-folder", default="/dev/shm", metavar="FOLDER", help="[default: /dev/shm]")
     parser.add_argument("--disk-folder", default="/var/tmp", metavar="FOLDER", help="[default: /var/tmp]")

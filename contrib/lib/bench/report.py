@@ -158,7 +158,9 @@ def head_lines(header):
 
 NOTES = ("CPU is user and system time per I/O (of a copy: per MiB), of the server, and of client and server together. "
          "nbdkit null has no storage: it marks what client and socket leave, and is no peer. "
-         "nbdkit file has no O_DIRECT: where others use it, it empties the page cache behind it (cache=none).")
+         "nbdkit file has no O_DIRECT: where others use it, it empties the page cache behind it (cache=none). "
+         "In QEMU the CPU is the whole machine's, for the server less fio's; there kernel loop, and kernel nbd on nbdbridge, "
+         "are marks.")
 
 
 def terminal(header, records):

@@ -1,69 +1,18 @@
 //! Requests of any size over a source that takes only whole blocks.
 
 use bridge::backend::memory::MemoryBackend;
-use bridge::{Backend, Extent, Geometry, LocalFuture};
 
 use super::*;
 
 const BLOCK: u32 = 512;
 
-/// A disk in memory whose smallest unit is a block, as some remote disks have it. The export refuses all else.
-struct InBlocks(MemoryBackend);
-
-impl Backend for InBlocks {
-    fn geometry(&self) -> Geometry {
-        let geometry = self.0.geometry();
-        // Without FUA a durable write is a write and a flush.
-        Geometry {
-            min_block: BLOCK,
-            capabilities: geometry.capabilities.without(Capabilities::FUA),
-            ..geometry
-        }
-    }
-
-    fn try_read(&self, offset: u64, buf: &mut [u8], flags: Flags) -> Option<Result<()>> {
-        self.0.try_read(offset, buf, flags)
-    }
-
-    fn try_write(&self, offset: u64, data: &[u8], flags: Flags) -> Option<Result<()>> {
-        self.0.try_write(offset, data, flags)
-    }
-
-    fn read(&self, offset: u64, buf: Buffer, flags: Flags) -> LocalFuture<'_, Result<Buffer>> {
-        self.0.read(offset, buf, flags)
-    }
-
-    fn write(&self, offset: u64, data: Buffer, flags: Flags) -> LocalFuture<'_, Result<()>> {
-        self.0.write(offset, data, flags)
-    }
-
-    fn flush(&self) -> LocalFuture<'_, Result<()>> {
-        self.0.flush()
-    }
-
-    fn trim(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<()>> {
-        self.0.trim(offset, len, flags)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<()>> {
-        self.0.write_zeroes(offset, len, flags)
-    }
-
-    fn cache(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
-        self.0.cache(offset, len)
-    }
-
-    fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
-        self.0.block_status(offset, len, flags)
-    }
-}
-
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }
 
+/// The export refuses all that is not whole blocks, and without FUA a durable write is a write and a flush.
 fn export(size: u64) -> Arc<Export> {
-    Export::new("", None, Box::new(InBlocks(MemoryBackend::new(size))))
+    Export::new("", None, Box::new(MemoryBackend::new(size).posing_as(BLOCK, Capabilities::FUA)))
 }
 
 async fn content(export: &Export, offset: u64, len: u64) -> Vec<u8> {

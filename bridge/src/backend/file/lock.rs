@@ -9,7 +9,8 @@
 //! Where the bytes and permissions come from: QEMU, block/file-posix.c (`RAW_LOCK_PERM_BASE`,
 //! `RAW_LOCK_SHARED_BASE`) and include/block/block-common.h (`BLK_PERM_*`).
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,7 @@ pub(super) fn lock_image(fd: impl AsFd, path: &Path, read_only: bool) -> Result<
     }
     match outcome {
         Ok(None) => Ok(()),
+        Ok(Some(_)) if is_locked_here(fd.as_fd()) => Err(OpenError::Twice(path.to_owned())),
         Ok(Some(lock)) => Err(OpenError::Locked {
             path: path.to_owned(),
             lock,
@@ -65,6 +67,23 @@ pub(super) fn lock_image(fd: impl AsFd, path: &Path, read_only: bool) -> Result<
             Ok(())
         }
     }
+}
+
+/// Whether another descriptor of this process holds a lock on the same file. The kernel does not tell whose a lock is, but
+/// what each descriptor has.
+fn is_locked_here(fd: BorrowedFd<'_>) -> bool {
+    let identity = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return false };
+    let others =
+        list.flatten().filter(|entry| entry.file_name().to_str() != Some(&fd.as_raw_fd().to_string()));
+    let mut same = others.filter(|entry| {
+        let stat = std::fs::metadata(entry.path()).ok();
+        stat.map(|stat| (stat.dev(), stat.ino())) == identity(fd)
+    });
+    same.any(|entry| {
+        let info = Path::new("/proc/self/fdinfo").join(entry.file_name());
+        std::fs::read_to_string(info).is_ok_and(|info| info.contains("OFDLCK"))
+    })
 }
 
 /// None when locked; else the name of what was refused.

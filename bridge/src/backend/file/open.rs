@@ -222,7 +222,7 @@ fn geometry(
             | Capabilities::FAST_ZERO
     };
     if !options.read_only && !matches!(kind, Kind::Device(_)) {
-        capabilities = capabilities | Capabilities::GROW | Capabilities::ALLOCATE;
+        capabilities = capabilities | Capabilities::GROW | Capabilities::SHRINK | Capabilities::ALLOCATE;
     }
     if matches!(kind, Kind::Device(_)) && sys::device_rotational(file).unwrap_or(false) {
         capabilities = capabilities | Capabilities::ROTATIONAL;
@@ -297,5 +297,5 @@ fn unsupported(path: &Path, reason: String) -> OpenError {
 }
 
 fn os(path: &Path, action: &'static str, source: std::io::Error) -> OpenError {
-    OpenError::Os { path: path.to_owned(), action, source }
+    OpenError::Os { path: path.to_owned(), action, error: source }
 }

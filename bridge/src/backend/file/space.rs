@@ -28,6 +28,19 @@ impl Disk {
         .await?
     }
 
+    /// See [`crate::Backend::shrink`].
+    pub(super) async fn shrink(this: &Arc<Self>, size: u64) -> Result<()> {
+        let disk = this.clone();
+        in_pool(move || {
+            rustix::fs::ftruncate(&*disk.file, size)
+                .map_err(|errno| Error::from_errno(errno, "ftruncate"))?;
+            disk.size.store(size, Release);
+            disk.version.fetch_add(1, Release);
+            Ok(())
+        })
+        .await?
+    }
+
     /// See [`crate::Backend::allocate`].
     pub(super) async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
         if self.reserve(offset, len).await? {

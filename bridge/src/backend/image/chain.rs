@@ -15,8 +15,9 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 use super::header::{self, Header};
 use super::host::Host;
 use super::map::MAX_FILES;
+use super::places::Places;
 use super::probe::{ImageFormat, probe};
-use super::{ImageOptions, Parts, refcounts};
+use super::{ImageOptions, Parts};
 use crate::backend::file::{FileBackend, FileOptions};
 use crate::{Backend, OpenError};
 
@@ -56,6 +57,12 @@ pub(super) fn follow(path: &Path, format: ImageFormat, any_backing: bool) -> Res
 
 fn layer(path: &Path, format: ImageFormat, policy: &mut Policy) -> Result<Layer> {
     let mut layer = Layer { path: path.to_owned(), format, header: None, data_file: None };
+    if format == ImageFormat::Vmdk && !matches!(probe(path), Ok(ImageFormat::Vmdk)) {
+        return Err(unsupported(
+            path,
+            "is not a vmdk image; without -f its format is told from its content".into(),
+        ));
+    }
     if format == ImageFormat::Qcow2 {
         let header = header::load(path)?;
         if let Some(reason) = header.refusal(path) {
@@ -143,7 +150,7 @@ pub(super) fn beside(image: &Path, name: &Path) -> PathBuf {
 fn canonical(path: &Path) -> Result<PathBuf> {
     std::fs::canonicalize(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => OpenError::NotFound(path.to_owned()),
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", source },
+        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source },
     })
 }
 
@@ -215,16 +222,17 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
     let (top, data_file) = hosts[0].clone();
     let header = layers[0].header.clone().unwrap_or_default();
     if header.version != 0 && !options.file.read_only {
-        let structures = structures(&header);
-        let fault = refcounts::find_fault(&top, &header, &structures).await;
-        let fault = fault.map_err(|source| OpenError::Os {
+        let places = Places::load(&top, &header).await.map_err(|source| OpenError::Os {
             path: path.to_owned(),
             action: "cannot read it",
-            source,
+            error: source,
         })?;
-        if let Some(fault) = fault {
-            let check = format!("`qemu-img check -r all {}` repairs it", path.display());
-            return Err(unsupported(path, format!("{fault}; {check}, or serve it with --read-only")));
+        match places {
+            Ok(places) => top.guard(places),
+            Err(fault) => {
+                let check = format!("`qemu-img check -r all {}` repairs it", path.display());
+                return Err(unsupported(path, format!("{fault}; {check}, or serve it with --read-only")));
+            }
         }
     }
     let mut image: Option<FormatAccess<Host>> = None;
@@ -244,7 +252,6 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         cluster,
         version: header.version,
         backing,
-        metadata: if header.external_data() { Vec::new() } else { structures(&header) },
         data_descriptor: files.data_descriptor,
     };
     Ok((parts, files.open))
@@ -326,21 +333,6 @@ impl ImplicitOpenGate<Host> for Extents<'_, '_> {
             std::io::Error::other(text)
         })
     }
-}
-
-/// Where the image's own structures lie, which no guest's data may.
-pub(super) fn structures(header: &Header) -> Vec<std::ops::Range<u64>> {
-    if header.version == 0 {
-        return Vec::new();
-    }
-    let cluster = header.cluster_size();
-    let l1 = u64::from(header.l1_entries) * 8;
-    let reftable = u64::from(header.reftable_clusters) * cluster;
-    vec![
-        0..cluster,
-        header.l1_offset..header.l1_offset + l1,
-        header.reftable_offset..header.reftable_offset + reftable,
-    ]
 }
 
 fn unsupported(path: &Path, reason: String) -> OpenError {

@@ -17,19 +17,18 @@ use std::ops::Range;
 
 use super::header::{self, Header};
 use super::host::{BLOCK, BlockBytes, Blocks, Host, to_io};
+use super::places::{L1_MASK, REFTABLE_MASK, each_entry, l1, reftable};
 use crate::{Buffer, Flags};
 
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
-
-/// Most bytes of a table that are read at once.
-const MAX_READ: u64 = 1 << 20;
 
 /// Brings what is kept back to the file, and makes it durable together with all data that was written before.
 ///
 /// # Errors
 /// The file's. What was kept back still is: the next commit tries again.
 pub(super) async fn commit(host: &Host, data_file: Option<&Host>) -> io::Result<()> {
+    host.is_sound()?;
     let blocks = host.kept();
     if let Some(data_file) = data_file {
         data_file.file().flush().await.map_err(to_io)?;
@@ -79,8 +78,8 @@ async fn sort(host: &Host, blocks: &Blocks) -> io::Result<Sorted> {
     let new = header_of(host).await?;
     let cluster = old.cluster_size();
     let dirty: BTreeSet<u64> = blocks.keys().map(|number| number * BLOCK / cluster * cluster).collect();
-    let old_refcounts = named(host, reftable(&old), u64::MAX << 9, &dirty).await?;
-    let old_l2 = named(host, l1(&old), OFFSET_MASK, &dirty).await?;
+    let old_refcounts = named(host, reftable(&old), REFTABLE_MASK, &dirty).await?;
+    let old_l2 = named(host, l1(&old), L1_MASK, &dirty).await?;
     let moved = old.reftable_offset != new.reftable_offset;
     let mut sorted = Sorted { refcount_order: old.refcount_order, ..Sorted::default() };
     for (number, block) in blocks {
@@ -103,18 +102,6 @@ async fn sort(host: &Host, blocks: &Blocks) -> io::Result<Sorted> {
     Ok(sorted)
 }
 
-/// The offset in an entry of an L1 table.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-
-fn l1(header: &Header) -> Range<u64> {
-    header.l1_offset..header.l1_offset + u64::from(header.l1_entries) * 8
-}
-
-fn reftable(header: &Header) -> Range<u64> {
-    let bytes = u64::from(header.reftable_clusters) * header.cluster_size();
-    header.reftable_offset..header.reftable_offset + bytes
-}
-
 /// Which of `clusters` a table in the file names.
 async fn named(
     host: &Host,
@@ -123,17 +110,12 @@ async fn named(
     clusters: &BTreeSet<u64>,
 ) -> io::Result<BTreeSet<u64>> {
     let mut found = BTreeSet::new();
-    let mut at = table.start;
-    while at < table.end {
-        let bytes = host.read_file(at, index((table.end - at).min(MAX_READ))).await?;
-        for entry in bytes.as_chunks().0 {
-            let offset = u64::from_be_bytes(*entry) & mask;
-            if offset != 0 && clusters.contains(&offset) {
-                found.insert(offset);
-            }
+    each_entry(host, table, mask, |_, offset| {
+        if clusters.contains(&offset) {
+            found.insert(offset);
         }
-        at += bytes.len() as u64;
-    }
+    })
+    .await?;
     Ok(found)
 }
 

@@ -39,7 +39,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<u64, OpenError> {
             .kind()
         {
             std::io::ErrorKind::AlreadyExists => OpenError::Exists(path.to_owned()),
-            _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", source },
+            _ => OpenError::Os { path: path.to_owned(), action: "cannot make it", error: source },
         })?;
     let made = thread::wait_for(path, async || {
         let backing = match &options.backing {
@@ -61,13 +61,13 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<u64, OpenError> {
         fill(path, size, options, backing).await.map_err(|source| OpenError::Os {
             path: path.to_owned(),
             action: "cannot make it",
-            source,
+            error: source,
         })?;
         // The name must survive a crash as much as what is later flushed into it.
         file.sync_all().map_err(|source| OpenError::Os {
             path: path.to_owned(),
             action: "cannot make it durable",
-            source,
+            error: source,
         })?;
         Ok(size)
     });

@@ -57,7 +57,7 @@ pub fn describe(
     };
     let metadata = std::fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => OpenError::NotFound(path.to_owned()),
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", source },
+        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source },
     })?;
     let header = if format == ImageFormat::Qcow2 { Some(header::load(path)?) } else { None };
     // What keeps it from being opened is said by whoever opens it.

@@ -8,7 +8,15 @@
 //! | version 2 images | have no such flag: their space is zeroed in place | the same |
 //!
 //! The file is told first: what is zero there reads as zeroes whether or not a crash comes before the mapping is changed.
-//! Reads and writes elsewhere go on meanwhile: only the range is locked, in steps, and allocations wait for a step.
+//! Reads and writes elsewhere go on meanwhile: only the range is locked, in steps, and allocations wait for part of one.
+//!
+//! Trims that wait together are one: neighbours are joined, so that many small ones (mkfs, fstrim) pass the gate
+//! together, and the file is told once of what lies in one piece.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use tokio::sync::oneshot;
 
 use super::engine::{Engine, Segment, index};
 use super::host::{discard_to_backing, discard_to_zero, from_io};
@@ -22,6 +30,49 @@ const STEP: u64 = 64 << 20;
 /// Zeroes are written in pieces of this many bytes.
 const PIECE: u64 = 64 << 10;
 
+/// Runs of clusters that are freed while allocations wait.
+const RUNS_ALONE: usize = 64;
+
+/// Trims that nobody carries out yet.
+#[derive(Default)]
+pub(super) struct Trims {
+    waiting: RefCell<Vec<Trim>>,
+    /// There is a task that does.
+    busy: Cell<bool>,
+}
+
+/// A range of whole clusters, and those who wait for it.
+struct Trim {
+    start: u64,
+    end: u64,
+    answers: Vec<oneshot::Sender<Result<()>>>,
+}
+
+/// Ends with the task, however that ends.
+struct Busy<'a>(&'a Cell<bool>);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
+/// Joins ranges that touch.
+fn join(mut trims: Vec<Trim>) -> Vec<Trim> {
+    trims.sort_unstable_by_key(|trim| trim.start);
+    let mut joined: Vec<Trim> = Vec::new();
+    for trim in trims {
+        match joined.last_mut() {
+            Some(last) if trim.start <= last.end => {
+                last.end = last.end.max(trim.end);
+                last.answers.extend(trim.answers);
+            }
+            _ => joined.push(trim),
+        }
+    }
+    joined
+}
+
 /// What becomes of a cluster's space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Space {
@@ -31,12 +82,43 @@ enum Space {
 
 impl Engine {
     /// Gives the space of whole clusters back.
-    pub(super) async fn trim(&self, offset: u64, len: u64, flags: Flags) -> Result<()> {
+    pub(super) async fn trim(self: Rc<Self>, offset: u64, len: u64, flags: Flags) -> Result<()> {
         if self.options.discard == DiscardMode::Unmap && len > 0 {
             let (start, end) = self.whole_clusters(offset, len);
-            self.in_steps(start, end, Space::Free).await?;
+            if start < end {
+                self.trim_with_others(start, end).await?;
+            }
         }
         self.settle(flags).await
+    }
+
+    async fn trim_with_others(self: &Rc<Self>, start: u64, end: u64) -> Result<()> {
+        let (answer, result) = oneshot::channel();
+        self.trims.waiting.borrow_mut().push(Trim { start, end, answers: vec![answer] });
+        if !self.trims.busy.replace(true) {
+            let engine = self.clone();
+            drop(tokio::task::spawn_local(async move { engine.carry_out_trims().await }));
+        }
+        result.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the trim was dropped")))
+    }
+
+    /// Carries trims out until none waits. Those that arrived with the first have their turn to join it.
+    async fn carry_out_trims(&self) {
+        let _busy = Busy(&self.trims.busy);
+        loop {
+            tokio::task::yield_now().await;
+            let trims = self.trims.waiting.take();
+            if trims.is_empty() {
+                break;
+            }
+            for Trim { start, end, answers } in join(trims) {
+                let result = self.in_steps(start, end, Space::Free).await;
+                for answer in answers {
+                    // Whoever has gone does not mind.
+                    let _ = answer.send(result.clone());
+                }
+            }
+        }
     }
 
     /// Makes the range read as zeroes.
@@ -85,6 +167,8 @@ impl Engine {
     /// Makes whole clusters read as zeroes, for whoever holds an exclusive lock on them.
     async fn zero_clusters(&self, start: u64, end: u64, space: Space) -> Result<()> {
         let mut at = start;
+        let mut alone = None;
+        let mut runs = 0;
         while at < end {
             let (segment, count) = self.look(at, end - at).await?;
             // Backing images may have smaller clusters.
@@ -93,11 +177,20 @@ impl Engine {
             match segment {
                 Segment::Zero { .. } => {}
                 Segment::File { .. } | Segment::Special if self.version >= 3 => {
-                    let _alone = self.gate.write().await;
+                    if runs == RUNS_ALONE {
+                        alone = None;
+                        runs = 0;
+                    }
+                    if alone.is_none() {
+                        alone = Some(self.gate.write().await);
+                    }
+                    runs += 1;
                     self.zero_by_mapping(first, stop - first, segment, space).await?;
                 }
                 Segment::File { file, offset, writable: true } => {
+                    let held = self.hold(file, offset, count).await?;
                     self.file(file).write_zeroes(offset, count, Flags::NONE).await?;
+                    drop(held);
                     if space == Space::Free && self.backing.is_none() {
                         let _alone = self.gate.write().await;
                         self.set_dirty();
@@ -124,7 +217,12 @@ impl Engine {
     async fn zero_by_mapping(&self, start: u64, len: u64, segment: Segment, space: Space) -> Result<()> {
         // The file first. A cluster that a snapshot shares, or that is a backing image's, is left alone.
         if let (Segment::File { file, offset, writable: true }, Space::Free) = (segment, space) {
+            let _held = self.hold(file, offset, len).await?;
             self.file(file).trim(offset, len, Flags::NONE).await?;
+        }
+        if self.has_freed() && !self.owns_table(start).await? {
+            // The new table may come where something was that the file still names.
+            self.commit_alone().await?;
         }
         self.set_dirty();
         self.freed.set(self.freed.get() || space == Space::Free || segment == Segment::Special);
@@ -133,6 +231,16 @@ impl Engine {
             Space::Keep => self.image.write_zeroes(start, len).await,
         };
         done.map_err(|error| from_io(&error))
+    }
+
+    /// Whether the L2 table for a cluster is there, and nobody else's.
+    async fn owns_table(&self, offset: u64) -> Result<bool> {
+        let Some(entry) = self.top.places().and_then(|places| places.l1_entry(offset)) else {
+            return Ok(true);
+        };
+        let bytes = self.top.read(entry, 8).await.map_err(|error| from_io(&error))?;
+        // QCOW_OFLAG_COPIED
+        Ok(bytes[0] & 0x80 != 0)
     }
 
     /// Writes zeroes over part of a cluster, unless it reads so already.
@@ -154,5 +262,26 @@ impl Engine {
     async fn settle(&self, flags: Flags) -> Result<()> {
         let durable = flags.contains(Flags::FUA) || self.options.cache.every_write_durable();
         if durable { self.flush().await } else { self.commit_if_much().await }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_joined_and_nobody_is_lost() {
+        let trim = |start, end| Trim { start, end, answers: vec![oneshot::channel().0] };
+        let joined = join(vec![
+            trim(8, 9),
+            trim(0, 2),
+            trim(4, 6),
+            trim(2, 3),
+            trim(5, 8),
+            trim(20, 30),
+            trim(21, 22),
+        ]);
+        let told: Vec<_> = joined.iter().map(|trim| (trim.start, trim.end, trim.answers.len())).collect();
+        assert_eq!(told, [(0, 3, 2), (4, 9, 3), (20, 30, 2)]);
     }
 }

@@ -10,15 +10,16 @@
 //! What keeps what apart:
 //! - The range lock: data moves under a shared one, mappings change under an exclusive one.
 //! - The map: the holder of an exclusive lock makes it forget the range first, and so waits for the fast path.
+//! - The structures of the image (`places`): no place is used without a look whether a table is there, and a new table is
+//!   written when all writes to where it comes have ended.
 //! - The gate: allocations pass it together; a commit, and whatever frees clusters, passes it alone. After clusters were
 //!   freed the next allocation commits first, so that none is used again while the file still names it.
 //!
 //! imago's futures hold locks across waits, and must not be dropped half-way by a client that leaves: here every one of
 //! them is a task of this thread, which polls it to its end whoever waits for it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -26,26 +27,20 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use imago::{FormatAccess, Mapping};
 use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
 
+use super::commit;
+use super::discard::Trims;
 use super::host::{Host, from_io};
 use super::map::Place;
 use super::{Parts, Shared};
-use super::{chain, commit};
 use crate::backend::file::FileOptions;
-use crate::extent::{MAX_EXTENTS, push_extent};
 use crate::ranges::{Mode, RangeLocks};
-use crate::{Buffer, Error, ErrorKind, Extent, ExtentKind, Flags, Result};
+use crate::{Buffer, Error, ErrorKind, Flags, Result};
 
 /// Allocations under way at once: each pins a table in imago's cache of 128.
 const ALLOCATIONS: usize = 32;
 
 /// Metadata that is kept back at most before it is committed unasked, in bytes.
 const KEPT_BYTES: u64 = 16 << 20;
-
-/// Mappings that one block-status request looks at, at most.
-const STATUS_STEPS: usize = 64 << 10;
-
-/// Most bytes that one request brings closer.
-const READ_AHEAD: u64 = 256 << 20;
 
 /// What part of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,8 +83,11 @@ pub(super) struct Engine {
     pub(super) allocations: Semaphore,
     /// Clusters were freed that the file still names.
     pub(super) freed: Cell<bool>,
-    /// Places in the first file that hold metadata: no image in good order has data there.
-    metadata: RefCell<Vec<Range<u64>>>,
+    pub(super) trims: Trims,
+    /// Places of the file with the metadata that guests' data is being written to.
+    pub(super) in_use: RangeLocks,
+    /// The length of the file with the data, as it was seen last; it never becomes shorter.
+    pub(super) seen_length: Cell<u64>,
 }
 
 impl Engine {
@@ -107,7 +105,9 @@ impl Engine {
             gate: RwLock::default(),
             allocations: Semaphore::new(ALLOCATIONS),
             freed: Cell::new(false),
-            metadata: RefCell::new(parts.metadata),
+            trims: Trims::default(),
+            in_use: RangeLocks::new(parts.cluster),
+            seen_length: Cell::new(0),
         })
     }
 
@@ -177,33 +177,14 @@ impl Engine {
         }
         let segment = match mapping {
             Mapping::Raw { storage, offset, writable, .. } => {
-                let file = storage.number();
-                self.check_place(file, offset, count, writable)?;
-                Segment::File { file, offset, writable }
+                self.check_place(storage, offset, count)?;
+                Segment::File { file: storage.number(), offset, writable }
             }
             Mapping::Zero { explicit, .. } => Segment::Zero { explicit },
             Mapping::Special { .. } => Segment::Special,
             _ => return Err(malformed("a mapping of an unknown kind")),
         };
         Ok((segment, count))
-    }
-
-    /// Refuses places that no image in good order has.
-    pub(super) fn check_place(&self, file: u8, offset: u64, count: u64, writable: bool) -> Result<()> {
-        let end = offset.checked_add(count).ok_or_else(|| malformed("an offset out of bounds"))?;
-        let Some(backend) = self.shared.files.get(usize::from(file)) else {
-            return Err(malformed("a file that was not opened"));
-        };
-        if end > backend.geometry().size {
-            return Err(malformed("data past the end of its file"));
-        }
-        if writable
-            && file == self.top.number()
-            && self.metadata.borrow().iter().any(|taken| offset < taken.end && taken.start < end)
-        {
-            return Err(malformed("data in the place of metadata: `qemu-img check` tells more"));
-        }
-        Ok(())
     }
 
     /// Fills the buffer.
@@ -284,15 +265,10 @@ impl Engine {
     /// The same for whoever has passed the gate alone.
     pub(super) async fn commit_alone(&self) -> Result<()> {
         if self.dirty() || self.top.kept_bytes() > 0 {
-            let moved = self.top.moved();
             let done = async {
                 self.image.flush().await?;
-                commit::commit(&self.top, self.data_file.as_ref()).await?;
-                if moved && self.data_file.is_none() {
-                    let header = commit::header_of(&self.top).await?;
-                    *self.metadata.borrow_mut() = chain::structures(&header);
-                }
-                Ok(())
+                self.make_way().await;
+                commit::commit(&self.top, self.data_file.as_ref()).await
             };
             done.await.map_err(|error: io::Error| from_io(&error))?;
             self.shared.dirty.store(false, Release);
@@ -318,49 +294,6 @@ impl Engine {
     /// Makes every write that was answered before durable.
     pub(super) async fn flush(&self) -> Result<()> {
         if self.dirty() { self.commit().await } else { self.shared.flush_files().await }
-    }
-
-    pub(super) async fn block_status(&self, offset: u64, len: u64, flags: Flags) -> Result<Vec<Extent>> {
-        let limit = if flags.contains(Flags::REQ_ONE) { 1 } else { MAX_EXTENTS };
-        let mut extents = Vec::new();
-        let mut at = 0;
-        for step in 1..=STATUS_STEPS {
-            let (segment, count) = self.look(offset + at, len - at).await?;
-            let kind = match segment {
-                Segment::File { .. } | Segment::Special => ExtentKind::Data,
-                Segment::Zero { explicit: true } => ExtentKind::Zero,
-                Segment::Zero { explicit: false } => ExtentKind::Hole,
-            };
-            let before = extents.len();
-            push_extent(&mut extents, count, kind);
-            if extents.len() > limit {
-                extents.truncate(before);
-                break;
-            }
-            at += count;
-            if at == len {
-                break;
-            }
-            if step.is_multiple_of(256) {
-                tokio::task::yield_now().await;
-            }
-        }
-        Ok(extents)
-    }
-
-    /// Brings data closer, and what says where it is.
-    pub(super) async fn cache(&self, offset: u64, len: u64) -> Result<()> {
-        let len = len.min(READ_AHEAD);
-        let _lock = self.ranges.lock(offset, offset + len, Mode::Shared).await;
-        let mut at = 0;
-        while at < len {
-            let (segment, count) = self.resolve(offset + at, len - at).await?;
-            if let Segment::File { file, offset, .. } = segment {
-                self.file(file).cache(offset, count).await?;
-            }
-            at += count;
-        }
-        Ok(())
     }
 
     /// Makes the disk larger; what is new reads as zeroes.

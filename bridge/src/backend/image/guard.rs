@@ -32,11 +32,10 @@ impl Guard {
         Guard { inner, path: path.to_owned(), writing: Mutex::default(), uncertain: AtomicBool::new(false) }
     }
 
-    /// Runs a change of the first sector that puts `bytes` at `offset`, if it may.
+    /// Runs a change of the first sector, if it may: `edit` does the same to a copy.
     async fn change(
         &self,
-        offset: u64,
-        bytes: &[u8],
+        edit: impl FnOnce(&mut Vec<u8>),
         change: impl Future<Output = Result<()>>,
         _alone: MutexGuard<'_, ()>,
     ) -> Result<()> {
@@ -44,13 +43,15 @@ impl Guard {
             return Err(self.refusal("whatever an unfinished write left"));
         }
         let size = usize::try_from(self.inner.geometry().size.min(SECTOR)).unwrap_or(0);
-        let mut sector = self.inner.read(0, Buffer::new(size), Flags::NONE).await?;
-        let from = usize::try_from(offset).unwrap_or(size).min(size);
-        let count = bytes.len().min(size - from);
-        sector[from..from + count].copy_from_slice(&bytes[..count]);
-        match guess(&sector) {
-            Guess::Known(ImageFormat::Raw) => {}
-            other => return Err(self.refusal(other.name())),
+        let mut sector = self.inner.read(0, Buffer::new(size), Flags::NONE).await?.to_vec();
+        edit(&mut sector);
+        let as_it_is = guess(&sector);
+        // Whenever a short image grows, zeroes follow.
+        sector.resize(PROBE_BYTES, 0);
+        for look in [as_it_is, guess(&sector)] {
+            if look != Guess::Known(ImageFormat::Raw) {
+                return Err(self.refusal(look.name()));
+            }
         }
         // It stays set where this is dropped before the end.
         self.uncertain.store(true, Relaxed);
@@ -62,14 +63,20 @@ impl Guard {
     async fn write_first(&self, offset: u64, data: Buffer, flags: Flags) -> Result<()> {
         let alone = self.writing.lock().await;
         let first = data[..data.len().min(PROBE_BYTES)].to_vec();
-        self.change(offset, &first, self.inner.write(offset, data, flags), alone).await
+        let edit = |sector: &mut Vec<u8>| put(sector, offset, &first);
+        self.change(edit, self.inner.write(offset, data, flags), alone).await
     }
 
     /// A trim, too: what is trimmed mostly reads as zeroes.
     async fn zero_first(&self, offset: u64, len: u64, change: LocalFuture<'_, Result<()>>) -> Result<()> {
         let alone = self.writing.lock().await;
         let count = usize::try_from(len.min(SECTOR)).unwrap_or(PROBE_BYTES);
-        self.change(offset, &[0; PROBE_BYTES][..count], change, alone).await
+        self.change(|sector| put(sector, offset, &[0; PROBE_BYTES][..count]), change, alone).await
+    }
+
+    async fn shorten(&self, size: usize) -> Result<()> {
+        let alone = self.writing.lock().await;
+        self.change(|sector| sector.truncate(size), self.inner.shrink(size as u64), alone).await
     }
 
     fn refusal(&self, what: &str) -> Error {
@@ -82,6 +89,13 @@ impl Guard {
             "the image was probed as raw, and may not be made into another format",
         )
     }
+}
+
+/// Puts what there is room for of `bytes` at `offset`.
+fn put(sector: &mut [u8], offset: u64, bytes: &[u8]) {
+    let from = usize::try_from(offset).unwrap_or(sector.len()).min(sector.len());
+    let count = bytes.len().min(sector.len() - from);
+    sector[from..from + count].copy_from_slice(&bytes[..count]);
 }
 
 impl Backend for Guard {
@@ -142,6 +156,13 @@ impl Backend for Guard {
 
     fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {
         self.inner.grow(size)
+    }
+
+    fn shrink(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        match usize::try_from(size) {
+            Ok(size) if size < PROBE_BYTES => Box::pin(self.shorten(size)),
+            _ => self.inner.shrink(size),
+        }
     }
 
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {

@@ -48,6 +48,7 @@ pub(super) struct Header {
     pub(super) reftable_clusters: u32,
     pub(super) refcount_order: u32,
     pub(super) snapshots: u32,
+    pub(super) snapshots_offset: u64,
     pub(super) crypt: u32,
     pub(super) incompatible: u64,
     pub(super) compatible: u64,
@@ -116,7 +117,7 @@ impl Header {
 /// # Errors
 /// One line: not readable, or malformed.
 pub(super) fn load(path: &Path) -> Result<Header, OpenError> {
-    let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, source };
+    let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, error: source };
     let file = std::fs::File::open(path).map_err(os("cannot open it"))?;
     let mut bytes = vec![0; MAX_HEADER];
     let mut filled = 0;
@@ -169,6 +170,7 @@ pub(super) fn parse_numbers(bytes: &[u8]) -> Result<Header, String> {
         reftable_offset: fields.u64(48)?,
         reftable_clusters: fields.u32(56)?,
         snapshots: fields.u32(60)?,
+        snapshots_offset: fields.u64(64)?,
         refcount_order: 4,
         length: V2_BYTES,
         ..Header::default()

@@ -11,13 +11,15 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 
+use super::header;
+use super::places::Places;
 use crate::{Backend, Buffer, Error, ErrorKind, Flags};
 
 /// Unit of what is kept back, in bytes.
@@ -46,6 +48,12 @@ struct Inner {
     filling: tokio::sync::Mutex<()>,
     /// The header was written: a table may have moved, and left its clusters.
     moved: AtomicBool,
+    /// Where the structures are, of an image that is written.
+    places: OnceLock<Mutex<Places>>,
+    /// Its tables contradict each other: nothing that is kept back may go to the file.
+    corrupt: AtomicBool,
+    /// That something is wrong with it has been said.
+    told: AtomicBool,
     /// Nothing is kept back: for the test that shows why it is.
     #[cfg(test)]
     at_once: AtomicBool,
@@ -72,6 +80,9 @@ impl Host {
             kept,
             filling: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
+            places: OnceLock::new(),
+            corrupt: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             #[cfg(test)]
             at_once: AtomicBool::new(false),
             helper: CommonStorageHelper::default(),
@@ -84,6 +95,46 @@ impl Host {
 
     pub(super) fn file(&self) -> &Arc<dyn Backend> {
         &self.0.file
+    }
+
+    /// Has structures guarded from now on.
+    pub(super) fn guard(&self, places: Places) {
+        // There is one image in a file, which is opened once.
+        let _ = self.0.places.set(Mutex::new(places));
+    }
+
+    /// Where the structures are; None where nothing is written, or nothing is known.
+    pub(super) fn places(&self) -> Option<MutexGuard<'_, Places>> {
+        self.0.places.get().map(|places| places.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Says in the log, once, that the image is not in order.
+    pub(super) fn tell(&self, what: &str) {
+        if !self.0.told.swap(true, Relaxed) {
+            let path = self.0.path.display();
+            tracing::error!(
+                "{path}: the image is corrupt: {what}; `qemu-img check -r all {path}` repairs it"
+            );
+        }
+    }
+
+    /// Keeps the file as it is from now on: what is kept back may be wrong.
+    pub(super) fn give_up(&self, what: &str) {
+        self.0.corrupt.store(true, Relaxed);
+        self.tell(what);
+    }
+
+    /// Whether what is kept back may go to the file.
+    pub(super) fn is_sound(&self) -> io::Result<()> {
+        if self.0.corrupt.load(Relaxed) {
+            return Err(io::Error::other("the image is corrupt, and takes no more changes of its tables"));
+        }
+        Ok(())
+    }
+
+    /// Whether the file is one that metadata is written to.
+    pub(super) fn is_written(&self) -> bool {
+        self.0.kept.is_some()
     }
 
     /// A copy of what is kept back.
@@ -111,6 +162,20 @@ impl Host {
         self.0.moved.store(false, Relaxed);
         if let Some(mut blocks) = self.blocks() {
             blocks.clear();
+        }
+        if let Some(mut places) = self.places() {
+            places.settle();
+        }
+    }
+
+    /// Drops what is kept back for a range of whole blocks: what belongs there goes to the file as data.
+    pub(super) fn take_back(&self, start: u64, end: u64) {
+        if let Some(mut blocks) = self.blocks() {
+            let numbers: Vec<u64> =
+                blocks.range(start / BLOCK..end / BLOCK).map(|(number, _)| *number).collect();
+            for number in numbers {
+                blocks.remove(&number);
+            }
         }
     }
 
@@ -163,8 +228,10 @@ impl Host {
         let end = offset
             .checked_add(bytes.len() as u64)
             .filter(|end| *end <= self.0.file.geometry().size)
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+            .ok_or_else(|| io::Error::other("a table past the end of all files"))?;
+        self.is_sound()?;
         let _filling = self.0.filling.lock().await;
+        self.note(offset, bytes).await?;
         if offset < BLOCK {
             self.0.moved.store(true, Relaxed);
         }
@@ -183,9 +250,41 @@ impl Host {
             let write = self.0.file.write(first, Buffer::copy_of(whole), Flags::NONE);
             return write.await.map_err(to_io);
         }
-        let Some(mut blocks) = self.blocks() else { return Ok(()) };
-        for (number, block) in (first / BLOCK..).zip(whole.as_chunks().0) {
-            blocks.insert(number, Box::new(*block));
+        if let Some(mut blocks) = self.blocks() {
+            blocks.extend((first / BLOCK..).zip(whole.as_chunks().0.iter().map(|block| Box::new(*block))));
+        }
+        if offset < BLOCK { self.note_header().await } else { Ok(()) }
+    }
+
+    /// Has new tables guarded, before the pointer to them is kept back.
+    async fn note(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = offset + bytes.len() as u64;
+        if self.places().is_none_or(|places| !places.has_pointers(offset, end)) {
+            return Ok(());
+        }
+        let old = self.read(offset, bytes.len()).await?;
+        let noted = self.places().map_or(Ok(()), |mut places| places.note(offset, &old, bytes));
+        noted.map_err(|taken| {
+            let what = format!("its refcounts give a table's place away, at {taken:#x}");
+            self.give_up(&what);
+            io::Error::other(what)
+        })
+    }
+
+    /// The same where tables have moved as a whole.
+    async fn note_header(&self) -> io::Result<()> {
+        if self.places().is_none() {
+            return Ok(());
+        }
+        let block = self.read(0, index(BLOCK)).await?;
+        let Ok(header) = header::parse_numbers(&block) else { return Ok(()) };
+        let moved = self.places().map_or(Vec::new(), |mut places| places.note_header(header));
+        for (table, mask) in moved {
+            // Bounded by what a header may say.
+            let bytes = self.read(table.start, index(table.end - table.start)).await?;
+            if let Some(mut places) = self.places() {
+                places.adopt(&bytes, mask);
+            }
         }
         Ok(())
     }
@@ -234,6 +333,11 @@ impl Storage for Host {
 
     // SAFETY: as above. imago asks for it only past the end of the disk, within its last cluster.
     async unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.places().is_some_and(|places| places.meets(offset, offset.saturating_add(length))) {
+            let what = format!("it has data in the place of a table, at {offset:#x}");
+            self.tell(&what);
+            return Err(io::Error::other(what));
+        }
         self.keep(offset, &vec![0; usize::try_from(length).map_err(io::Error::other)?]).await
     }
 

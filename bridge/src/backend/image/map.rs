@@ -155,6 +155,23 @@ impl Map {
         }
     }
 
+    /// Forgets every cluster that lies at one of these places of a file (sorted), and waits until nobody uses it.
+    pub(super) fn forget_places(&self, file: u8, places: &[u64]) {
+        let (Some(first), Some(last)) = (places.first(), places.last()) else { return };
+        for slot in &self.slots {
+            let mut slot = slot.write().unwrap_or_else(PoisonError::into_inner);
+            for entry in &mut slot.entries {
+                if let Some(Place::File { file: in_file, offset, .. }) = entry.place()
+                    && in_file == file
+                    && (*first..=*last).contains(&offset)
+                    && places.binary_search(&offset).is_ok()
+                {
+                    *entry = Entry::default();
+                }
+            }
+        }
+    }
+
     fn slice(&self, offset: u64) -> u64 {
         (offset >> self.cluster_bits) / SLICE_CLUSTERS
     }
@@ -254,6 +271,19 @@ mod tests {
         assert!(map.enter(slice - 1, 2).is_none(), "it spans slices");
         map.forget(0, 1 << 50);
         assert!(!known(slice + C) && !known(slice - 4 * C));
+    }
+
+    #[test]
+    fn what_lies_at_a_place_is_forgotten() {
+        let map = Map::new(16, 1 << 40);
+        map.publish(0, 8 * C, at(0));
+        map.publish(5 << 28, C, at(5 * C));
+        map.publish(9 * C, C, Place::File { file: 2, offset: 5 * C, writable: true });
+        map.forget_places(3, &[2 * C, 5 * C, 99 * C]);
+        let known = |offset| map.enter(offset, 1).is_some_and(|inside| inside.run(offset, 1).is_some());
+        let left: Vec<u64> = (0..10).filter(|n| known(n * C)).collect();
+        assert_eq!(left, [0, 1, 3, 4, 6, 7, 9]);
+        assert!(!known(5 << 28));
     }
 
     #[test]

@@ -156,7 +156,7 @@ fn read_first(path: &Path, buf: &mut [u8]) -> Result<usize, OpenError> {
             return Err(OpenError::NotFound(path.to_owned()));
         }
         Err(source) => {
-            return Err(OpenError::Os { path: path.to_owned(), action: "cannot look at it", source });
+            return Err(OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source });
         }
     };
     if !kind.is_file() && !kind.is_block_device() {
@@ -171,7 +171,7 @@ fn read_first(path: &Path, buf: &mut [u8]) -> Result<usize, OpenError> {
             Ok(count) => filled += count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(source) => {
-                return Err(OpenError::Os { path: path.to_owned(), action: "cannot read it", source });
+                return Err(OpenError::Os { path: path.to_owned(), action: "cannot read it", error: source });
             }
         }
     }

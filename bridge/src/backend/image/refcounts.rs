@@ -2,7 +2,6 @@
 //! imago believes them, and would give the header away as a place for data.
 
 use std::io;
-use std::ops::Range;
 
 use super::header::Header;
 use super::host::{BLOCK, Host};
@@ -14,26 +13,21 @@ use super::host::{BLOCK, Host};
 pub(super) async fn find_fault(
     host: &Host,
     header: &Header,
-    structures: &[Range<u64>],
+    clusters: impl Iterator<Item = u64>,
 ) -> io::Result<Option<String>> {
-    let cluster = header.cluster_size();
     let mut known = (None, Vec::new());
-    for range in structures {
-        let mut at = range.start;
-        while at < range.end {
-            let (block, place, counter) = place_of(header, at);
-            // Several clusters have their counters in one block.
-            if known.0 != Some((block, place)) {
-                let bytes = match block_offset(host, header, block).await? {
-                    Some(offset) => host.read_file(offset + place, index(BLOCK)).await?.to_vec(),
-                    None => Vec::new(),
-                };
-                known = (Some((block, place)), bytes);
-            }
-            if refcount(&known.1, counter, header.refcount_order) == 0 {
-                return Ok(Some(format!("has broken refcounts: its own cluster at {at:#x} counts as free")));
-            }
-            at = at.saturating_add(cluster);
+    for at in clusters {
+        let (block, place, counter) = place_of(header, at);
+        // Several clusters have their counters in one block.
+        if known.0 != Some((block, place)) {
+            let bytes = match block_offset(host, header, block).await? {
+                Some(offset) => host.read_file(offset + place, index(BLOCK)).await?.to_vec(),
+                None => Vec::new(),
+            };
+            known = (Some((block, place)), bytes);
+        }
+        if refcount(&known.1, counter, header.refcount_order) == 0 {
+            return Ok(Some(format!("has broken refcounts: its own cluster at {at:#x} counts as free")));
         }
     }
     Ok(None)

@@ -154,7 +154,10 @@ fn heed(ended: Option<std::result::Result<(), tokio::task::JoinError>>) {
 }
 
 async fn commit(engine: &Engine) {
-    if let Err(error) = engine.commit().await {
+    // That it was given up has been said, once.
+    if let Err(error) = engine.commit().await
+        && engine.top.is_sound().is_ok()
+    {
         tracing::error!(%error, "an image's metadata cannot be brought to its file");
     }
 }
@@ -167,7 +170,8 @@ pub(super) fn wait_for<T: Send>(
     path: &Path,
     work: impl AsyncFnOnce() -> std::result::Result<T, OpenError> + Send,
 ) -> std::result::Result<T, OpenError> {
-    let os = |source| OpenError::Os { path: path.to_owned(), action: "cannot begin to open it", source };
+    let os =
+        |source| OpenError::Os { path: path.to_owned(), action: "cannot begin to open it", error: source };
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("image-open".into())

@@ -54,12 +54,18 @@ impl Engine {
 
     async fn store(&self, data: Buffer, places: Vec<(Range<usize>, u8, u64)>, flags: Flags) -> Result<()> {
         if let [(_, file, offset)] = places[..] {
-            return self.file(file).write(offset, data, flags).await;
+            return self.put(file, offset, data, flags).await;
         }
         for (part, file, offset) in places {
-            self.file(file).write(offset, Buffer::copy_of(&data[part]), flags).await?;
+            self.put(file, offset, Buffer::copy_of(&data[part]), flags).await?;
         }
         Ok(())
+    }
+
+    /// Stores bytes in a place that was looked up.
+    async fn put(&self, file: u8, offset: u64, data: Buffer, flags: Flags) -> Result<()> {
+        let _held = self.hold(file, offset, data.len() as u64).await?;
+        self.file(file).write(offset, data, flags).await
     }
 
     /// Stores bytes for whoever holds an exclusive lock on the range.
@@ -72,7 +78,7 @@ impl Engine {
             let part = &bytes[at..at + index(count)];
             at += match segment {
                 Segment::File { file, offset, writable: true } => {
-                    self.file(file).write(offset, Buffer::copy_of(part), Flags::NONE).await?;
+                    self.put(file, offset, Buffer::copy_of(part), Flags::NONE).await?;
                     part.len()
                 }
                 // A copy replaces them, and they may be nobody's then.
@@ -111,7 +117,14 @@ impl Engine {
         };
         let (file, place) = (prepared.storage().number(), prepared.offset());
         let end = first + prepared.length();
-        self.check_place(file, place, end - first, true)?;
+        self.check_new_place(file, place, place + (end - first))?;
+        if end == self.image.size() && !end.is_multiple_of(self.cluster) {
+            // What imago has copied into the last cluster, to its end past the disk's, would go the way of metadata,
+            // and overwrite what comes here.
+            let (start, stop) = (place + (end - first) / self.cluster * self.cluster, place + (end - first));
+            self.data().take_back(start, stop.next_multiple_of(self.cluster));
+            self.zero_place(stop, stop.next_multiple_of(self.cluster) - stop).await?;
+        }
         let stop = stop.min(end);
         // Cut short, it ends with a whole cluster.
         let tail = if end == last { tail } else { Before::Zeroes(stop..stop) };

@@ -12,6 +12,9 @@ use super::translate::BASE_ALLOCATION;
 /// Most bytes received at once, beside what goes straight into the buffer of a read.
 const RECEIVE_BYTES: usize = 256 << 10;
 
+/// The same while large reads are under way, whose data is to go where it belongs: what lies behind a header is copied.
+const FEW_BYTES: usize = 4 << 10;
+
 /// A connection, from its handshake to its loss.
 pub(super) struct Connection {
     pub(super) socket: Socket,
@@ -26,6 +29,8 @@ pub(super) struct Connection {
     pub(super) heads: Vec<u8>,
     /// Requests whose answer is owed.
     pub(super) in_flight: u32,
+    /// Reads among them of so many bytes that these are received where they belong.
+    pub(super) large_reads: u32,
     /// Received bytes, of which those from `start` to `end` are not understood yet.
     pub(super) input: Box<[u8]>,
     pub(super) start: usize,
@@ -88,6 +93,7 @@ impl Connection {
             sent: 0,
             heads: Vec::new(),
             in_flight: 0,
+            large_reads: 0,
             input,
             start: 0,
             end: early.len(),
@@ -96,6 +102,11 @@ impl Connection {
             answered: false,
             look: Look::default(),
         })
+    }
+
+    /// How far the input is to be filled at once.
+    pub(super) fn input_limit(&self) -> usize {
+        if self.large_reads > 0 { (self.end + FEW_BYTES).min(self.input.len()) } else { self.input.len() }
     }
 
     /// Says goodbye, unless that would come in the middle of a request.

@@ -13,7 +13,7 @@ use crate::Error;
 use crate::extent::push_extent;
 
 /// Data of at least so many bytes is received straight into its buffer.
-const DIRECT_BYTES: usize = 16 << 10;
+pub(super) const DIRECT_BYTES: usize = 16 << 10;
 
 /// Longest payload of an error chunk: a number, a text with its length, an offset; and some room for what a later
 /// version may add.
@@ -48,7 +48,8 @@ impl Connection {
             _ => &mut [],
         };
         let straight = direct.len();
-        let mut places = [IoSliceMut::new(direct), IoSliceMut::new(&mut self.input[self.end..])];
+        let limit = self.input_limit();
+        let mut places = [IoSliceMut::new(direct), IoSliceMut::new(&mut self.input[self.end..limit])];
         let look = self.in_flight > 1 && self.look.is_worth_it();
         let looked = std::mem::replace(&mut self.look.taken, look);
         let polled = self.socket.poll_receive(cx, &mut places, look);
@@ -295,6 +296,7 @@ impl Connection {
                 Outcome::Answered(Ok(()))
             }
         };
+        self.large_reads -= u32::from(slot.ask.is_large_read());
         self.in_flight -= 1;
         self.answered = true;
         slots.end(cookie, outcome, woken);

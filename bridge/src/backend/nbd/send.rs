@@ -56,6 +56,7 @@ impl Connection {
             slot.stage = Stage::Sending;
             slot.sent_at = Some(now);
             self.sending.push_back(cookie);
+            self.large_reads += u32::from(slot.ask.is_large_read());
             self.in_flight += 1;
         }
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use nbd_proto::{Command, CommandFlags};
 
 use super::coverage::Coverage;
+use super::receive::DIRECT_BYTES;
 use crate::{Buffer, Error, Extent};
 
 /// What is asked of the server.
@@ -17,6 +18,13 @@ pub(super) struct Ask {
     pub(super) offset: u64,
     /// In bytes; of a read or write, the length of its buffer.
     pub(super) len: u64,
+}
+
+impl Ask {
+    /// Whether it is a read whose data is received where it belongs.
+    pub(super) fn is_large_read(&self) -> bool {
+        self.command == Command::Read && self.len >= 4 * DIRECT_BYTES as u64
+    }
 }
 
 /// What a request carries either way.

@@ -15,20 +15,23 @@ fn locked(path: &Path, options: &FileOptions) -> String {
     }
 }
 
+/// Refused for what this process itself has open.
+fn open_here(path: &Path, options: &FileOptions) {
+    assert!(matches!(FileBackend::open(path, options), Err(OpenError::Twice(_))));
+}
+
 #[test]
 fn writers_keep_everybody_off_and_readers_share() {
     for folder in [memory(), disk()] {
         let path = image(&folder, 4096);
         let writer = open(&path, &FileOptions::default());
-        assert!(
-            locked(&path, &FileOptions::default()).contains("in use by another process (write lock refused)")
-        );
-        assert!(locked(&path, &reading()).contains("serve with --no-lock"));
+        open_here(&path, &FileOptions::default());
+        open_here(&path, &reading());
         open(&path, &FileOptions { lock: false, ..FileOptions::default() });
         drop(writer);
         let reader = open(&path, &reading());
         let second = open(&path, &reading());
-        assert!(locked(&path, &FileOptions::default()).contains("--read-only"));
+        open_here(&path, &FileOptions::default());
         drop((reader, second));
         open(&path, &FileOptions { cache: CacheMode::DirectSync, ..FileOptions::default() });
         open(&path, &FileOptions::default());
@@ -97,8 +100,9 @@ fn qemu_and_we_keep_off_each_other() {
     soon(|| qemu("qemu-io", &write).unwrap().0.then_some(()));
 
     let theirs = QemuIo::open(&path, false).unwrap();
-    locked(&path, &FileOptions::default());
-    locked(&path, &reading());
+    let said = locked(&path, &FileOptions::default());
+    assert!(said.contains("in use by another process (write lock refused)"), "{said}");
+    assert!(locked(&path, &reading()).contains("serve with --no-lock"));
     open(&path, &FileOptions { lock: false, ..FileOptions::default() });
     drop(theirs);
     let theirs = QemuIo::open(&path, true).unwrap();
@@ -113,7 +117,7 @@ fn devices_are_locked_too() {
     let path = image(&folder, 1 << 20);
     let Some(device) = Loop::over(&path, &[]) else { return };
     let _writer = open(device.path(), &FileOptions::default());
-    locked(device.path(), &FileOptions::default());
+    open_here(device.path(), &FileOptions::default());
     let Some((done, said)) = qemu("qemu-io", &["-f", "raw", "-c", "write 0 512", &device.0]) else { return };
     assert!(!done && said.contains("lock"), "{said}");
 }

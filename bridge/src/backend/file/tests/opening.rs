@@ -26,6 +26,7 @@ fn each_wrong_thing_is_named() {
     let folder = memory();
     let path = folder.path().join("thing");
     assert!(refusal(&path, &options()).contains("no such file (`nbdbridge create"));
+    assert_eq!(refusal(Path::new("/dev/nothing/of/the/kind"), &options()), ": no such device");
     assert_eq!(refusal(folder.path(), &options()), ": is a directory, not a disk image or block device");
     assert!(refusal(Path::new("/dev/null"), &reading()).contains("is a character device"));
 

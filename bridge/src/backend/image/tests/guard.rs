@@ -45,6 +45,26 @@ fn the_first_sector_stays_raw_also_in_parts() {
 }
 
 #[test]
+fn a_sector_that_is_cut_off_stays_raw_too() {
+    block_on(async {
+        let (_folder, disk) = opened(None);
+        let kind = |result: Result<()>| result.unwrap_err().kind();
+        // Of this line the beginning is what VMDK descriptors have.
+        write(&*disk, 0, b"#\nversion=17").await.unwrap();
+        assert_eq!(kind(disk.shrink(11).await), ErrorKind::ReadOnly);
+        assert_eq!(disk.geometry().size, 8192);
+        disk.shrink(12).await.unwrap();
+        disk.shrink(0).await.unwrap();
+        // What becomes longer goes on with a zero.
+        disk.grow(3).await.unwrap();
+        assert_eq!(kind(write(&*disk, 0, b"QED").await), ErrorKind::ReadOnly);
+        write(&*disk, 0, b"QEE").await.unwrap();
+        disk.grow(600).await.unwrap();
+        write(&*disk, 512, b"QED\0").await.unwrap();
+    });
+}
+
+#[test]
 fn a_format_that_was_given_is_believed() {
     block_on(async {
         let (_folder, disk) = opened(Some(ImageFormat::Raw));

@@ -1,0 +1,129 @@
+//! What is asked about a disk without reading it: which parts are data, zeroes or holes, and at which depth of the chain
+//! they lie. Bringing data closer, too.
+
+use std::io;
+
+use imago::{FormatAccess, ShallowMapping};
+
+use super::engine::{Engine, Segment};
+use super::host::{Host, from_io};
+use crate::extent::{MAX_EXTENTS, push_depth, push_extent};
+use crate::ranges::Mode;
+use crate::{Depth, Extent, ExtentKind, Flags, Result};
+
+/// Mappings that one request looks at, at most.
+const STEPS: usize = 64 << 10;
+
+/// After so many of them the thread's other tasks have their turn.
+const STEPS_IN_A_ROW: usize = 256;
+
+/// Most bytes that one request brings closer.
+const READ_AHEAD: u64 = 256 << 20;
+
+impl Engine {
+    /// What the disk's parts are. Where a file has holes beneath, these count: a sparse base, or an image whose clusters
+    /// were reserved and never written.
+    pub(super) async fn block_status(&self, offset: u64, len: u64, flags: Flags) -> Result<Vec<Extent>> {
+        let limit = if flags.contains(Flags::REQ_ONE) { 1 } else { MAX_EXTENTS };
+        let mut sparse = vec![None; self.shared.files.len()];
+        let mut extents = Vec::new();
+        let mut at = 0;
+        for step in 1..=STEPS {
+            let (segment, count) = self.look(offset + at, len - at).await?;
+            let found = match segment {
+                Segment::File { file, offset, .. }
+                    if *sparse[usize::from(file)].get_or_insert_with(|| self.is_sparse(file)) =>
+                {
+                    self.file(file).block_status(offset, count, flags).await?
+                }
+                Segment::File { .. } | Segment::Special => {
+                    vec![Extent { len: count, kind: ExtentKind::Data }]
+                }
+                Segment::Zero { explicit: true } => vec![Extent { len: count, kind: ExtentKind::Zero }],
+                Segment::Zero { explicit: false } => vec![Extent { len: count, kind: ExtentKind::Hole }],
+            };
+            for extent in found {
+                push_extent(&mut extents, extent.len, extent.kind);
+                at += extent.len;
+            }
+            if extents.len() > limit {
+                extents.truncate(limit);
+                break;
+            }
+            if at >= len {
+                break;
+            }
+            if step.is_multiple_of(STEPS_IN_A_ROW) {
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Whether a file takes up clearly less space than its length: one that is asked for its holes.
+    fn is_sparse(&self, file: u8) -> bool {
+        let length = match self.shared.written.contains(&file) {
+            true => self.look_at_length(),
+            false => self.file(file).geometry().size,
+        };
+        self.file(file).allocated().is_none_or(|bytes| bytes < length - length / 8)
+    }
+
+    /// Which image of the chain holds what: 1 for this one, 0 where none does. As qemu has it, what lies past the end
+    /// of a short one is that one's.
+    pub(super) async fn allocation_depth(&self, offset: u64, len: u64) -> Result<Vec<Depth>> {
+        let mut depths = Vec::new();
+        let mut at = 0;
+        for step in 1..=STEPS {
+            let (level, count) =
+                depth(&self.image, offset + at, len - at).await.map_err(|error| from_io(&error))?;
+            push_depth(&mut depths, count, level);
+            if depths.len() > MAX_EXTENTS {
+                depths.truncate(MAX_EXTENTS);
+                break;
+            }
+            at += count;
+            if at >= len {
+                break;
+            }
+            if step.is_multiple_of(STEPS_IN_A_ROW) {
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(depths)
+    }
+
+    /// Brings data closer, and what says where it is.
+    pub(super) async fn cache(&self, offset: u64, len: u64) -> Result<()> {
+        let len = len.min(READ_AHEAD);
+        let _lock = self.ranges.lock(offset, offset + len, Mode::Shared).await;
+        let mut at = 0;
+        while at < len {
+            let (segment, count) = self.resolve(offset + at, len - at).await?;
+            if let Segment::File { file, offset, .. } = segment {
+                self.file(file).cache(offset, count).await?;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+}
+
+/// The depth that a range begins with, and for how many bytes.
+async fn depth(top: &FormatAccess<Host>, mut offset: u64, mut len: u64) -> io::Result<(u32, u64)> {
+    let mut layer = top;
+    let mut level = 1;
+    loop {
+        let (mapping, count) = layer.get_shallow_mapping(offset, len).await?;
+        match mapping {
+            ShallowMapping::Indirect { layer: below, offset: place, .. } => {
+                (layer, offset, len) = (below, place, count);
+                level += 1;
+            }
+            ShallowMapping::Eof { .. } if level > 1 => return Ok((level, len)),
+            _ if count == 0 => return Err(io::Error::other("the image ends before its size")),
+            ShallowMapping::Zero { explicit: false, .. } => return Ok((0, count)),
+            _ => return Ok((level, count)),
+        }
+    }
+}
