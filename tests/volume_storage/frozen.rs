@@ -52,8 +52,13 @@ fn snapshot_in_the_middle(pool: &Pool, limit: &str) -> (Child, String) {
         let name = format!("s{n}");
         let part = pool.path("a", "snapshots/.new/disk.raw");
         let words = ["snapshot", "a", &name, "--freeze-limit", limit];
-        if let Some(child) = stop_in_the_middle(pool, &words, &part) {
-            return (child, name);
+        if let Some(mut child) = stop_in_the_middle(pool, &words, &part) {
+            // The guard is there as long as it is frozen.
+            if guard_of(&child).is_some() {
+                return (child, name);
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
     }
     panic!("every copy was done before it could be stopped");
@@ -71,14 +76,13 @@ fn write_in_background(point: &Path) -> mpsc::Receiver<()> {
 }
 
 /// The process that looks after a file system frozen by this one.
-fn guard_of(child: &Child) -> Pid {
+fn guard_of(child: &Child) -> Option<Pid> {
     let folder = format!("/proc/{0}/task/{0}/children", child.id());
     let all = fs::read_to_string(&folder).unwrap();
     let is_guard = |pid: &&str| {
         fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("guard-frozen"))
     };
-    let pid = all.split_whitespace().find(is_guard).unwrap();
-    Pid::from_raw(pid.parse().unwrap()).unwrap()
+    all.split_whitespace().find(is_guard).and_then(|pid| Pid::from_raw(pid.parse().unwrap()))
 }
 
 /// Nothing is left of a snapshot, and the volume is well.
@@ -134,7 +138,7 @@ fn when_both_are_killed_the_next_command_thaws() {
     let pool = Pool::new();
     let point = volume(&pool);
     let (mut child, name) = snapshot_in_the_middle(&pool, "100s");
-    let guard = guard_of(&child);
+    let guard = guard_of(&child).unwrap();
     // What ends a service's processes in good order is not for it.
     kill_process(guard, Signal::TERM).unwrap();
     let writer = write_in_background(&point);
@@ -158,9 +162,10 @@ fn a_killed_copy_is_none() {
     pool.umount("a");
     let part = pool.path("b", "disk.raw");
     let child = (0..20).find_map(|_| {
-        let child = stop_in_the_middle(&pool, &["clone", "a", "b"], &part)?;
+        let mut child = stop_in_the_middle(&pool, &["clone", "a", "b"], &part)?;
         if pool.record("b")["pending"].is_null() {
-            drop(child);
+            child.kill().unwrap();
+            child.wait().unwrap();
             pool.ok(&["rm", "b"]);
             return None;
         }
