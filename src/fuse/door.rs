@@ -281,12 +281,14 @@ async fn look_at(path: &Path, size: u64) -> Result<()> {
 
 fn take_away(path: &Path, aloud: bool) -> Result<Unmounted> {
     let unmounted = mount::unmount(path, false)?;
-    if unmounted == Unmounted::Busy && aloud {
-        tracing::warn!(
-            "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
-            path.display(),
-            users::describe(path)
-        );
+    if unmounted == Unmounted::Busy {
+        if aloud {
+            tracing::warn!(
+                "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
+                path.display(),
+                users::describe(path)
+            );
+        }
         mount::unmount(path, true)?;
     }
     Ok(unmounted)

@@ -64,12 +64,14 @@ impl Plane {
     ///
     /// # Errors
     /// What it says itself, in one line.
-    pub(super) fn recover(&self, name: &Name) -> Result<()> {
+    pub(super) fn recover(&self, name: &Name) -> Result<Self> {
         let id = ublk_name(&self.device).and_then(|device| device.strip_prefix("/dev/ublkb"));
         let id = id.with_context(|| format!("{}: cannot be recovered", self.device.display()))?;
         let mut command = in_scope(name);
         command.args(["ublk", "--fork", "--recover", id]).current_dir("/").stdin(Stdio::null());
-        launch(&mut command, name, "recovered").map(drop)
+        launch(&mut command, name, "recovered")?;
+        // It has a supervisor of its own.
+        Plane::of(self.device.clone(), self.read_only)
     }
 
     /// Finds one that serves `source`, or is about to, and that no volume is known to have: whoever started it did not live

@@ -29,8 +29,7 @@ impl Pool {
             && plane.life() == Life::Recovers
         {
             tracing::warn!("volume `{name}`: its data plane has died; starting another one");
-            plane.recover(name)?;
-            plane.follow();
+            *plane = plane.recover(name)?;
             volume.tell_limits(plane)?;
             volume.save_state(&state)?;
         }
