@@ -53,7 +53,6 @@ pub(crate) use name::{Name, Origin};
 pub(crate) use options::{DoorChoice, FsKind, Options, Provision};
 pub(crate) use pool::{Pool, Volume};
 pub(crate) use progress::Progress;
-#[allow(unused_imports, reason = "for the plugin daemon")]
 pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
 pub(crate) use resize::Resized;

@@ -73,7 +73,6 @@ impl Served {
     ///
     /// # Errors
     /// One line.
-    #[allow(dead_code, reason = "for the growth of volumes")]
     pub(crate) fn resize(&self, size: u64) -> Result<Resized> {
         self.call(Method::POST, "resize", &ResizeWish { size })
     }
