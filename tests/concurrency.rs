@@ -226,9 +226,9 @@ fn a_client_that_never_reads_costs_its_budget_and_is_cut_off() {
             thread::sleep(Duration::from_millis(5));
         }
         assert!(served >= 20, "{style:?}: others went on slowly: {served}");
-        // A quarter of the budget, and something for the allocator.
+        // A quarter of the budget, what threads keep of used buffers (20 MiB), and something for the allocator.
         let cost = peak.saturating_sub(before);
-        assert!(cost < 44 << 20, "{style:?}: one client that never reads costs {} MiB", cost >> 20);
+        assert!(cost < 60 << 20, "{style:?}: one client that never reads costs {} MiB", cost >> 20);
         eventually("it is cut off", || client.stream.refuses_bytes());
         assert!(start.elapsed() > Duration::from_millis(1400), "{style:?}: cut off too early");
         assert_eq!(other.read(40 * MIB, 4096), [1; 4096]);

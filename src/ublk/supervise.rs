@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, setpgid};
+use rustix::process::{Pid, getpid, setpgid};
 
 use super::abi::State;
 use super::control::{Control, block_path};
@@ -124,6 +124,8 @@ pub(crate) fn run(mut args: ServeArgs) -> Result<ExitCode> {
 /// Makes a guardian, which outlives this process for as long as the device needs it.
 fn guard(patience: Duration) -> Result<()> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for the guardian")?;
+    // Asked for now: once it is dead, the guardian has another parent, and would take the dying server for its successor.
+    let server = getpid();
     if daemon::split()?.is_some() {
         let _ = PIPES.set(vec![File::from(writer)]);
         return Ok(());
@@ -137,7 +139,7 @@ fn guard(patience: Duration) -> Result<()> {
         match told.device {
             Some(id) if !told.gone => {
                 let patience = if told.stopping { Duration::ZERO } else { patience };
-                wait_for_successor(id, rustix::process::getppid(), patience)
+                wait_for_successor(id, server, patience)
             }
             _ => Ok(()),
         }
@@ -146,14 +148,14 @@ fn guard(patience: Duration) -> Result<()> {
 }
 
 /// Waits until somebody else serves the device, or it is gone; after `patience` it is removed.
-fn wait_for_successor(id: u32, dead: Option<Pid>, patience: Duration) -> Result<()> {
+fn wait_for_successor(id: u32, dead: Pid, patience: Duration) -> Result<()> {
     let until = Instant::now() + patience;
     let mut control = Control::open()?;
     loop {
         let Ok(info) = control.info(id) else { return Ok(()) };
         let served = info.state() == State::Live
             && is_alive(info.ublksrv_pid)
-            && Some(info.ublksrv_pid) != dead.map(Pid::as_raw_pid);
+            && info.ublksrv_pid != dead.as_raw_pid();
         if served {
             return Ok(());
         }
@@ -245,7 +247,7 @@ fn stopped_within(pause: Duration, signals: &Signals) -> bool {
 /// Forks a server, and it its standby. The child tells whoever waits.
 fn start_server(args: &mut ServeArgs, supervisor: &Supervisor, ready: Option<Ready>) -> Result<Watched> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for the server")?;
-    let own = rustix::process::getpid();
+    let own = getpid();
     let Some(child) = daemon::split()? else {
         drop(reader);
         // A Ctrl-C is for the supervisor alone, which passes it on.
