@@ -118,7 +118,7 @@ impl Door for LoopDoor {
         })
     }
 
-    /// Waits until the device is not mounted, and held by nobody who wants it alone.
+    /// Waits until the device is not mounted, and nobody else has it open.
     fn release(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
             let path = self.device.path();

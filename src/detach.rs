@@ -49,7 +49,7 @@ fn detach_device(device: &Path, force: bool) -> Result<()> {
         bail!("{}: was not attached by nbdbridge (`nbdbridge devices` lists what was)", device.display());
     };
     ensure!(
-        force || !in_use(device),
+        force || !stays_in_use(device),
         "{}: is in use ({}); end that first, or add --force",
         device.display(),
         describe_use(device)
@@ -61,6 +61,18 @@ fn detach_device(device: &Path, force: bool) -> Result<()> {
     unmount(&attachment.file, true)?;
     attachment.forget(&note);
     Ok(())
+}
+
+/// Whether it is in use for longer than programs take that look at every device.
+fn stays_in_use(device: &Path) -> bool {
+    let begun = Instant::now();
+    while in_use(device) {
+        if begun.elapsed() > Duration::from_secs(1) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    false
 }
 
 /// A FUSE file of ours.

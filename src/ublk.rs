@@ -33,6 +33,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 pub(crate) use door::UblkDoor;
+pub(crate) use holders::openers;
 pub(crate) use list::{Server, detach, devices, features, owner, server};
 pub(crate) use supervise::run;
 

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::ublk::openers;
+
 const LOOP_CONTROL: &str = "/dev/loop-control";
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
@@ -125,8 +127,13 @@ pub(crate) fn backing_file(path: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(text.strip_suffix('\n').unwrap_or(&text)))
 }
 
-/// Whether somebody wants the device alone: it is mounted, swapped to, or part of another device.
+/// Whether somebody would be hurt by the device's end: it is mounted, swapped to, part of another device, or another
+/// process has it open.
 pub(crate) fn in_use(path: &Path) -> bool {
+    is_claimed(path) || !openers(path).is_empty()
+}
+
+fn is_claimed(path: &Path) -> bool {
     let alone = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
     alone.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
@@ -136,7 +143,10 @@ pub(crate) fn describe_use(path: &Path) -> String {
     let mounts = crate::fuse::Mounted::all().unwrap_or_default();
     match mounts.iter().find(|mounted| Path::new(&mounted.source) == path) {
         Some(mounted) => format!("mounted at {}", mounted.point.display()),
-        None => "mounted elsewhere, or part of another device".to_owned(),
+        None => match openers(path).into_iter().next() {
+            Some(opener) => opener,
+            None => "mounted elsewhere, or part of another device".to_owned(),
+        },
     }
 }
 

@@ -40,6 +40,15 @@ fn join(uses: &[String]) -> Option<String> {
     (!line.is_empty()).then_some(line)
 }
 
+/// Other processes that have a block device open, in words.
+pub(crate) fn openers(device: &Path) -> Vec<String> {
+    let Ok(found) = fs::metadata(device) else { return Vec::new() };
+    if !found.file_type().is_block_device() {
+        return Vec::new();
+    }
+    processes(&HashSet::from([makedev(major(found.rdev()), minor(found.rdev()))]))
+}
+
 /// The device's number and those of its partitions.
 fn device_numbers(id: u32) -> HashSet<u64> {
     let folder = PathBuf::from(format!("/sys/block/ublkb{id}"));

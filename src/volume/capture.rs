@@ -37,7 +37,7 @@ pub(super) fn capture(
     let shares = copy::can_reflink(&disk, folder);
     let takes = space_of(&disk)?;
     volume.pool.admit(if promised { 0 } else { takes }, if shares { 0 } else { takes })?;
-    let state = volume.state();
+    let state = volume.state()?;
     let device = state.plane.filter(|plane| !plane.read_only).map(|plane| plane.device);
     let mounted = state.mounted.filter(|point| is_mounted(point));
     let mut frozen = match (&device, &mounted) {

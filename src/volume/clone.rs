@@ -95,7 +95,7 @@ impl Volume<'_> {
             .with_context(|| format!("{}: cannot flush it", disk_path.display()))?;
         let Options { uid, gid, mode, .. } = self.record.options;
         if uid.is_some() || gid.is_some() || mode.is_some() {
-            let mut state = self.state();
+            let mut state = self.state()?;
             let device = self.attach(&mut state, false, progress)?;
             self.prepare(&device, progress)?;
             self.set_root(&device)?;

@@ -88,7 +88,7 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
 
 fn unmount(pool: &Pool, name: &Name, json: bool) -> Result<String> {
     pool.unmount(name, Volume::BY_HAND)?;
-    let state = pool.state(name);
+    let state = pool.state(name)?;
     if !state.holders.is_empty() {
         return Err(Error::InUse(format!("volume `{name}` stays: {}", super::remove::describe(&state))));
     }

@@ -133,7 +133,7 @@ impl Volume<'_> {
         }
         let remote = self.record.format.is_none();
         if self.record.fs != FsKind::None || remote {
-            let mut state = self.state();
+            let mut state = self.state()?;
             let read_only = remote && self.record.options.read_only;
             let device = self.attach(&mut state, read_only, progress)?;
             let size = state.plane.as_ref().and_then(|plane| plane.ask()).map(|served| served.size);
@@ -248,7 +248,7 @@ impl Volume<'_> {
 
     /// Makes it as if there had been nothing.
     pub(super) fn undo(mut self) -> Result<()> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         self.take_down(&mut state, true)?;
         self.bury()
     }

@@ -27,11 +27,15 @@ pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Reads a file that should be small.
+/// Reads a file that should be small. It may have come with a copied folder: neither links are followed, nor is waited for
+/// the other end of a pipe.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     const MAX_BYTES: u64 = 1 << 20;
     let mut bytes = Vec::new();
-    let file = File::open(path)?;
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is no regular file"));
+    }
     io::Read::read_to_end(&mut io::Read::take(file, MAX_BYTES), &mut bytes)?;
     Ok(bytes)
 }

@@ -80,7 +80,10 @@ impl FsKind {
             (FsKind::Btrfs, true) => &["-q", "-f", "-K"],
             _ => &["-q", "-f"],
         };
-        let output = run(program, package, |command| command.args(quiet).args(words).arg(device))?;
+        // Names without a folder lead nowhere there.
+        let output = run(program, package, |command| {
+            command.args(quiet).args(words).arg(device).current_dir("/proc/self/task")
+        })?;
         if !output.status.success() {
             return Err(Error::Other(anyhow!("{program}: {}", said(&output))));
         }

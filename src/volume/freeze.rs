@@ -158,7 +158,7 @@ pub(crate) fn guard(point: &Path, limit: Duration) -> Result<()> {
     let folder = match File::open(point).map_err(|error| error.to_string()).and_then(|folder| {
         // Less is left to be written while everybody waits.
         rustix::fs::syncfs(&folder).map_err(|errno| io::Error::from(errno).to_string())?;
-        freeze(&folder).map_err(explain)?;
+        freeze_soon(&folder).map_err(explain)?;
         Ok(folder)
     }) {
         Ok(folder) => folder,
@@ -191,6 +191,17 @@ fn explain(errno: Errno) -> String {
         Errno::BUSY => "is frozen already; thaw it first: fsfreeze --unfreeze".to_owned(),
         Errno::OPNOTSUPP => "this file system cannot be frozen; unmount it first".to_owned(),
         errno => format!("cannot be frozen: {}", io::Error::from(errno)),
+    }
+}
+
+/// Freezes it; where the guard of a copy that was just interrupted is about to thaw it, after that.
+fn freeze_soon(folder: &File) -> Result<(), Errno> {
+    let until = Instant::now() + Duration::from_secs(3);
+    loop {
+        match freeze(folder) {
+            Err(Errno::BUSY) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            other => return other,
+        }
     }
 }
 

@@ -20,7 +20,7 @@ impl Pool {
             Some(text) => before.changed(text).map_err(|error| Error::Usage(error.to_string()))?,
         };
         volume.save()?;
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         if let Some(plane) = state.plane.as_mut().filter(|plane| plane.life() == Life::Serves) {
             plane.follow();
             if let Err(error) = volume.tell_limits(plane) {
@@ -38,7 +38,7 @@ impl Pool {
     /// [`Error::InUse`]; [`Error::Broken`] with what is wrong.
     pub(crate) fn fsck(&self, name: &Name, repair: bool, progress: &dyn Progress) -> Result<Verdict> {
         let mut volume = self.volume(name)?;
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         if state.mounted.is_some() || !state.holders.is_empty() {
             let why = super::remove::describe(&state);
             return Err(Error::InUse(format!(
@@ -50,6 +50,12 @@ impl Pool {
         }
         if repair && volume.record.options.read_only {
             return Err(Error::Usage(format!("volume `{name}` is read-only")));
+        }
+        if let Some(plane) = state.plane.as_ref().filter(|plane| plane.is_in_use()) {
+            let why = plane.describe_use();
+            return Err(Error::InUse(format!(
+                "volume `{name}` is in use: {why}; a check needs it unmounted"
+            )));
         }
         let device = volume.attach(&mut state, volume.record.options.read_only, progress)?;
         let check = || {

@@ -37,7 +37,7 @@ impl Pool {
     /// One line; nothing is left mounted or attached then that was not before.
     pub(crate) fn mount(&self, name: &Name, holder: &str, progress: &dyn Progress) -> Result<PathBuf> {
         let mut volume = self.volume(name)?;
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         holders::admit(&state.holders, holder)?;
         let path = volume.bring_up(&mut state, progress)?;
         state.hold(holder);
@@ -51,7 +51,7 @@ impl Pool {
     /// [`Error::InUse`]: a process has files open there; the holder keeps his use.
     pub(crate) fn unmount(&self, name: &Name, holder: &str) -> Result<()> {
         let mut volume = self.volume(name)?;
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         let before = state.clone();
         state.release(holder);
         if state.holders.is_empty() {
@@ -81,7 +81,7 @@ impl Pool {
         if !self.path_of(name).is_dir() {
             return Err(self.not_found(name));
         }
-        Ok(self.state(name).mounted)
+        Ok(self.state(name)?.mounted)
     }
 }
 
@@ -104,11 +104,14 @@ impl Volume<'_> {
         if read_only && (self.record.unclean || self.record.grow_fs || self.record.shares_uuid) {
             self.clean_up(state, progress)?;
         }
+        let before = state.plane.clone();
+        // Mounted by others, as in a container that has a copy of all mounts, it is whole; and no check may touch it.
+        let elsewhere = before.as_ref().is_some_and(Plane::is_in_use);
         let brought = self.attach(state, read_only, progress).and_then(|device| {
             if self.record.fs == FsKind::None {
                 return Ok(device);
             }
-            if !read_only {
+            if !read_only && !elsewhere {
                 if let Some(why) = self.prepare(&device, progress)? {
                     tracing::warn!("volume `{}`: its file system does not grow yet: {why}", self.name);
                 }
@@ -130,6 +133,8 @@ impl Volume<'_> {
                 self.save_state(state)?;
                 Ok(path)
             }
+            // Others may use what was there before.
+            Err(error) if before.is_some() => Err(error),
             Err(error) => {
                 // The first error is the one to tell.
                 let _ = self.take_down(state, true);
@@ -203,7 +208,8 @@ impl Volume<'_> {
     /// # Errors
     /// [`Error::InUse`]: a process has files open there. Nothing has changed then.
     pub(super) fn take_down(&mut self, state: &mut State, force: bool) -> Result<()> {
-        let mut clean = !force;
+        // Only who was mounted and is unmounted whole is clean: what was not even looked at stays as unclean as it was.
+        let mut clean = false;
         if self.record.fs != FsKind::None {
             // It may be mounted, and that not be written down yet.
             let path = state.mounted.clone().unwrap_or_else(|| self.pool.runtime().mount_point(&self.name));
@@ -211,7 +217,7 @@ impl Volume<'_> {
             while self.is_mounted(state, &path) {
                 let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
                 match fuse::unmount(&path, force || dead)? {
-                    Unmounted::Yes => {}
+                    Unmounted::Yes => clean = !force && !dead,
                     Unmounted::Busy if Instant::now() < until => {
                         std::thread::sleep(Duration::from_millis(10));
                     }
@@ -322,8 +328,9 @@ impl Volume<'_> {
             }
             private::mounted(self, &device, |_| Ok(()))
         });
+        self.record.unclean &= cleaned.is_err();
         let down = self.take_down(state, false);
-        cleaned.and(down)
+        cleaned.and(down).and_then(|()| self.save())
     }
 
     /// A data plane of this volume's that nothing is written down of.

@@ -222,7 +222,7 @@ impl Pool {
     }
 
     /// What is attached and mounted of a volume now.
-    pub(crate) fn state(&self, name: &Name) -> State {
+    pub(crate) fn state(&self, name: &Name) -> Result<State> {
         self.runtime.read(name)
     }
 
@@ -239,7 +239,7 @@ impl Pool {
             }
         }
         for name in self.runtime.names() {
-            let state = self.state(&name);
+            let Ok(state) = self.state(&name) else { continue };
             if state.holders.is_empty() && (state.starting || state.plane.is_some()) {
                 self.converge_one(&name);
             }
@@ -326,7 +326,7 @@ impl Volume<'_> {
 
     /// Ends a data plane that nobody needs any more.
     fn let_go(&mut self) -> Result<()> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         let elsewhere =
             state.mounted.is_none() && state.plane.as_ref().is_some_and(|plane| plane.is_in_use());
         let here = self.is_mounted(&state, &self.pool.runtime.mount_point(&self.name));
@@ -337,7 +337,7 @@ impl Volume<'_> {
     }
 
     /// What is attached and mounted of it now.
-    pub(crate) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> Result<State> {
         self.pool.state(&self.name)
     }
 

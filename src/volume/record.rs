@@ -139,7 +139,17 @@ impl Record {
         if version.schema != SCHEMA {
             return Err(broken(format!("has schema {}, and this version knows {SCHEMA}", version.schema)));
         }
-        serde_json::from_slice(&bytes).map_err(|error| broken(error.to_string()))
+        let record: Record = serde_json::from_slice(&bytes).map_err(|error| broken(error.to_string()))?;
+        // A link in a copied folder could lead to any disk of this host.
+        if let Some(disk) = record.disk_name().map(|disk| folder.join(disk))
+            && std::fs::symlink_metadata(&disk).is_ok_and(|found| !found.is_file())
+        {
+            return Err(Error::Broken(format!(
+                "volume `{name}` is broken: {}: is no regular file",
+                disk.display()
+            )));
+        }
+        Ok(record)
     }
 
     /// Writes the record; it is durable when this returns.

@@ -20,11 +20,11 @@ impl Pool {
     }
 
     fn recover_one(&self, name: &Name) -> Result<()> {
-        if !self.state(name).plane.as_ref().is_some_and(stays_dead) {
+        if !self.state(name)?.plane.as_ref().is_some_and(stays_dead) {
             return Ok(());
         }
         let volume = self.volume(name)?;
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         if let Some(plane) = &mut state.plane
             && plane.life() == Life::Recovers
         {

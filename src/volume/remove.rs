@@ -28,7 +28,7 @@ impl Pool {
             }
             other => other?,
         };
-        let mut state = volume.state();
+        let mut state = volume.state()?;
         if !force {
             volume.refuse_if_used(&state)?;
         }
@@ -40,7 +40,7 @@ impl Pool {
 
     fn remove_broken(&self, name: &Name) -> Result<()> {
         let lock = self.lock_volume(name, FlockOperation::LockExclusive)?;
-        let state = self.state(name);
+        let state = self.state(name)?;
         if let Some(path) = &state.mounted {
             crate::fuse::unmount(path, true)?;
         }

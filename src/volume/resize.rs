@@ -99,7 +99,7 @@ impl Volume<'_> {
         if self.record.options.provision == Provision::Thick {
             disk::reserve(&path, size)?;
         }
-        let state = self.state();
+        let state = self.state()?;
         let Some(plane) = &state.plane else {
             disk::grow(&path, format, size)?;
             return Ok(Vec::new());
@@ -126,7 +126,7 @@ impl Volume<'_> {
         let Some(Pending::Resize { from }) = self.record.pending else { return Ok(()) };
         let wanted = self.record.size;
         // What a data plane has grown may not be in the image yet.
-        let now = match self.state().plane.as_ref().and_then(Plane::ask) {
+        let now = match self.state()?.plane.as_ref().and_then(Plane::ask) {
             Some(served) if again && served.size < wanted => {
                 served.resize(wanted).map_or(served.size, |resized| resized.size)
             }
@@ -140,9 +140,12 @@ impl Volume<'_> {
 
     /// Grows the file system, or says why that is left to the next mount.
     fn grow_fs_now(&mut self, fixed: &[String], progress: &dyn Progress) -> Result<Option<String>> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         let (plane, point) = match (&state.plane, &state.mounted) {
             (Some(plane), Some(point)) => (plane.clone(), point.clone()),
+            (Some(plane), None) if plane.is_in_use() => {
+                return Ok(Some(format!("its device is in use: {}", plane.describe_use())));
+            }
             _ => {
                 let device = self.attach(&mut state, false, progress)?;
                 let prepared = self.prepare(&device, progress);

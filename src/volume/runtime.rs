@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use super::plane::Plane;
@@ -98,10 +98,19 @@ impl Runtime {
     }
 
     /// What is known of a volume; nothing where it is not in use.
-    pub(super) fn read(&self, name: &Name) -> State {
-        let bytes = durable::read(&self.states().join(name));
-        let state = bytes.ok().and_then(|bytes| serde_json::from_slice::<State>(&bytes).ok());
-        state.filter(|state| state.boot_id == self.boot_id).unwrap_or_default()
+    ///
+    /// # Errors
+    /// One line: it cannot be read. That is not to be taken for a volume that nobody uses.
+    pub(super) fn read(&self, name: &Name) -> Result<State> {
+        let path = self.states().join(name);
+        let state: State = match durable::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
+            Err(error) => return Err(anyhow!("{}: cannot read it: {error}", path.display()).into()),
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
+                anyhow!("{}: is damaged: {error}; what it tells of must be ended by hand", path.display())
+            })?,
+        };
+        Ok(if state.boot_id == self.boot_id { state } else { State::default() })
     }
 
     /// Writes it down; readers see the old or the new. A state of nothing has no file. The volume's lock is the caller's.
@@ -143,7 +152,7 @@ impl Runtime {
 
     /// The devices that are known to be a volume's.
     pub(super) fn devices(&self) -> Vec<PathBuf> {
-        let states = self.names().into_iter().map(|name| self.read(&name));
+        let states = self.names().into_iter().filter_map(|name| self.read(&name).ok());
         states.filter_map(|state| Some(state.plane?.device)).collect()
     }
 

@@ -192,7 +192,7 @@ impl Volume<'_> {
     /// # Errors
     /// One line.
     pub(super) fn undo_snapshot(&mut self) -> Result<()> {
-        if let Some(point) = self.state().mounted.filter(|point| capture::is_mounted(point)) {
+        if let Some(point) = self.state()?.mounted.filter(|point| capture::is_mounted(point)) {
             match freeze::thaw_left(&point) {
                 Ok(true) => tracing::warn!("volume `{}`: was left frozen; thawed", self.name),
                 Ok(false) => {}

@@ -55,7 +55,7 @@ impl Pool {
             return Err(self.not_found(name));
         }
         let record = Record::read(&folder, name)?;
-        let state = self.state(name);
+        let state = self.state(name)?;
         let plane = state.plane.as_ref();
         let health = health(&record, &state);
         let of_fs = state.mounted.as_deref().filter(|_| record.fs != FsKind::None && health.is_served());

@@ -239,6 +239,10 @@ fn a_damaged_file_system_is_told_and_repaired() {
     let before = id();
     let line = world.fails("mount a", 1);
     assert!(line.contains("fsck a --repair"), "{line}");
+    // Nothing else that looks at it makes it pass for checked.
+    world.fails("resize a 128M", 1);
+    let line = world.fails("mount a", 1);
+    assert!(line.contains("fsck a --repair"), "{line}");
     assert_eq!(id(), before);
     world.assert_idle();
 }

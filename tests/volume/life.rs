@@ -191,3 +191,43 @@ fn mounted_elsewhere() {
     assert_eq!(fs::read(Path::new(path.trim_end()).join("file")).unwrap(), b"x");
     world.ok(&format!("umount b --pool {}", moved.display()));
 }
+
+/// As a container does that has a copy of all mounts of the host.
+#[test]
+fn what_others_have_mounted_is_whole() {
+    if skip("what_others_have_mounted_is_whole", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=64M");
+    let point = world.mount("a");
+    let copy = world.join("copy");
+    fs::create_dir(&copy).unwrap();
+    run("mount", &[&"--bind", &point, &copy]);
+    fs::write(copy.join("file"), "not flushed").unwrap();
+    world.ok("umount a");
+    assert!(world.fails("fsck a", 1).contains("is in use"));
+    assert_eq!(world.mount("a"), point);
+    assert_eq!(fs::read(point.join("file")).unwrap(), b"not flushed");
+    world.ok("umount a");
+    run("umount", &[&copy]);
+    assert_eq!(fs::read(world.mount("a").join("file")).unwrap(), b"not flushed");
+    world.ok("umount a");
+    world.assert_idle();
+}
+
+#[test]
+fn an_open_device_is_in_use() {
+    if skip("an_open_device_is_in_use", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=64M -o fs=none");
+    let open = fs::File::options().read(true).write(true).open(world.mount("a")).unwrap();
+    assert!(world.fails("umount a", 1).contains("is in use"));
+    std::io::Write::write_all(&mut &open, &[1; 4096]).unwrap();
+    open.sync_all().unwrap();
+    drop(open);
+    world.ok("umount a");
+    world.assert_idle();
+}

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::support::mount::nbdbridge;
+use crate::support::mount::{nbdbridge, run};
 use crate::support::{PROGRAM, one_line};
 use crate::world::{World, skip};
 
@@ -125,6 +125,19 @@ fn one_that_is_broken_harms_no_other() {
     fs::write(&path, &text).unwrap();
     world.mount("bad");
     world.ok("umount bad");
+    // What a copied folder can hold: a pipe, for whose other end nobody waits, and a link to another disk.
+    fs::remove_file(&path).unwrap();
+    run("mkfifo", &[&path]);
+    assert!(world.fails("mount bad", 1).contains("is no regular file"));
+    assert_eq!(world.names(), ["bad", "good"]);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, &text).unwrap();
+    let (disk, aside) = (world.volume("bad").join("disk.raw"), world.join("aside"));
+    fs::rename(&disk, &aside).unwrap();
+    std::os::unix::fs::symlink(&aside, &disk).unwrap();
+    assert!(world.fails("mount bad", 1).contains("disk.raw: is no regular file"));
+    fs::remove_file(&disk).unwrap();
+    fs::rename(&aside, &disk).unwrap();
     fs::remove_file(&path).unwrap();
     assert!(world.fails("rm bad", 1).contains("--force"));
     assert!(world.volume("bad").join("disk.raw").exists());
