@@ -76,10 +76,12 @@ pub(crate) fn server(name: &str) -> Option<Server> {
     let id = control::parse_id(name).ok()?;
     let info = Control::open().ok()?.info(id).ok()?;
     let record = state::read(id)?;
+    // The kernel's own number for the disk (sysfs-block, diskseq): it outlives each process, and is used once.
+    let number = std::fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?;
     Some(Server {
         pid: u32::try_from(info.ublksrv_pid).unwrap_or(record.pid),
         live: info.state() == State::Live && is_alive(info.ublksrv_pid),
-        mark: format!("{} {}", record.source, record.supervisor.unwrap_or(0)),
+        mark: format!("{} {}", record.source, number.trim()),
     })
 }
 
