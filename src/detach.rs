@@ -84,7 +84,11 @@ fn detach_file(path: &Path, force: bool) -> Result<()> {
         bail!("{}: is attached as {}; detach that", path.display(), device.display());
     }
     let Some((attachment, note)) = found else {
-        ensure!(is_mounted, "{}: is no file of nbdbridge's (`nbdbridge devices` lists them)", path.display());
+        ensure!(
+            is_mounted,
+            "{}: is no device or file of nbdbridge's (`nbdbridge devices` lists them)",
+            path.display()
+        );
         return unmount(path, force || fuse::is_dead(path));
     };
     if !attachment.is_alive() {

@@ -30,6 +30,7 @@ mod grow;
 mod holders;
 mod limit;
 mod mount;
+mod mount_at;
 mod name;
 mod options;
 mod plane;

@@ -74,7 +74,7 @@ impl FuseDoor {
         );
         let read_only = geometry.read_only();
         if args.growable && (read_only || !geometry.capabilities.contains(Capabilities::GROW)) {
-            let why = if read_only { "is read-only" } else { "cannot grow" };
+            let why = if read_only { "is read-only" } else { "cannot grow as it is opened here" };
             return Err(
                 UsageError::new(format!("--growable: {} {why}; leave it out", site.args[0].source)).into()
             );

@@ -1,4 +1,4 @@
-//! Who has FILE open: for a warning, so that a person finds what is in the way. By the paths in /proc and /sys alone: to
+//! Who has FILE open, or what is in a mounted folder: for a warning, so that a person finds what is in the way. By the paths in /proc and /sys alone: to
 //! look at the file itself could wait for its server.
 
 use std::fs;
@@ -10,7 +10,8 @@ use super::mounts::same_path;
 /// More are not listed.
 const MOST: usize = 5;
 
-/// Words for the programs and loop devices that have the file at `path` open, as far as we may see them; not this process.
+/// Words for the programs and loop devices that have `path` open, or what is below it, as far as we may see them; not this
+/// process.
 pub(crate) fn describe(path: &Path) -> String {
     let mut users: Vec<String> = loops(path);
     users.extend(programs(path));
@@ -45,8 +46,10 @@ fn programs(path: &Path) -> Vec<String> {
             continue;
         }
         let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
-        let links = descriptors.flatten().filter_map(|descriptor| fs::read_link(descriptor.path()).ok());
-        if links.into_iter().any(|link| same_path(link.as_os_str().as_bytes(), path)) {
+        let links = descriptors.flatten().map(|descriptor| descriptor.path());
+        let links = std::iter::once(process.path().join("cwd")).chain(links);
+        let mut links = links.filter_map(|link| fs::read_link(link).ok());
+        if links.any(|link| link.starts_with(path)) {
             let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             found.push(format!("{} (process {})", name.trim(), number.display()));
         }

@@ -47,12 +47,12 @@ impl Pool {
             None => (volume.own_format()?, volume.record.fs, volume.record.size, volume.record.unclean),
         };
         if let Some(wish) = options.format.filter(|wish| *wish != format) {
-            return Err(Error::Usage(format!(
+            return Err(Error::Refused(format!(
                 "option format={wish}: a copy has the format of its origin, and `{origin}` is {format}; leave it out"
             )));
         }
         if let Some(wish) = options.size.filter(|wish| *wish < size) {
-            return Err(Error::Usage(format!(
+            return Err(Error::Refused(format!(
                 "option size={}: is smaller than `{origin}`, which has {}; a copy only grows",
                 human(wish),
                 human(size)

@@ -50,10 +50,22 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
             say(json, &all, || all.iter().map(describe).collect::<Vec<_>>().join("\n"))
         }
         VolumeWish::Remove { names, force } => {
+            // One that stays keeps none of the others.
+            let (mut removed, mut failed) = (Vec::new(), None);
             for name in names {
-                pool.remove(name, *force)?;
+                match pool.remove(name, *force) {
+                    Ok(()) => removed.push(name),
+                    Err(error) => {
+                        if let Some(before) = failed.replace(error) {
+                            crate::cli::report(&explain(before));
+                        }
+                    }
+                }
             }
-            say(json, &json!({ "removed": names }), String::new)
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            say(json, &json!({ "removed": removed }), String::new)
         }
         VolumeWish::Mount { name } => {
             let path = pool.mount(name, Volume::BY_HAND, &bar)?;
@@ -208,17 +220,18 @@ fn limits_text(limits: &std::collections::BTreeMap<String, u64>) -> String {
     limits.iter().map(|(key, value)| format!("{key}={value}\n")).collect()
 }
 
-fn settings(pool: &mut Pool, wish: &PoolWish, json: bool) -> Result<String> {
-    let mut settings = pool.settings().clone();
+fn settings(pool: &Pool, wish: &PoolWish, json: bool) -> Result<String> {
+    let before = pool.settings()?;
+    let mut settings = before.clone();
     settings.reserve = wish.reserve.unwrap_or(settings.reserve);
     settings.overcommit = wish.overcommit.unwrap_or(settings.overcommit);
     settings.default_size = wish.default_size.unwrap_or(settings.default_size);
-    if settings != *pool.settings() {
-        pool.change(settings)?;
+    if settings != before {
+        pool.change(&settings)?;
     }
-    let (settings, space, folder) = (pool.settings(), pool.space()?, pool.folder());
+    let (space, folder) = (pool.space()?, pool.folder());
     say(json, &json!({ "pool": folder, "settings": settings, "space": space }), || {
-        pool_text(folder, settings, &space)
+        pool_text(folder, &settings, &space)
     })
 }
 

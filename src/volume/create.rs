@@ -36,9 +36,6 @@ pub(crate) enum Created {
 /// Attempts to make a volume, while others make and remove one of its name.
 const ATTEMPTS: u32 = 100;
 
-/// A pool with less than that may be why a file system cannot be made.
-const SCANT: u64 = 64 << 20;
-
 impl Pool {
     /// Makes a volume, or finds that it is there with equal options; no options at all equal any.
     ///
@@ -73,7 +70,7 @@ impl Pool {
     fn plan(&self, options: &Options, original: Option<&Original<'_>>) -> Result<Record> {
         if options.door == DoorChoice::Ublk && !ublk::is_here() {
             let line = "door=ublk: this host has no ublk (modprobe ublk_drv); door=auto takes what there is";
-            return Err(Error::Usage(line.to_owned()));
+            return Err(Error::Refused(line.to_owned()));
         }
         if options.source.is_some() {
             // Its size is known once it is attached.
@@ -85,7 +82,10 @@ impl Pool {
         }
         let fs = options.fs.unwrap_or(FsKind::Ext4);
         fs.check_maker()?;
-        let size = options.size.unwrap_or(self.settings().default_size);
+        let size = match options.size {
+            Some(size) => size,
+            None => self.settings()?.default_size,
+        };
         Ok(Record::new(options.clone(), size, fs, Some(options.format.unwrap_or(DiskFormat::Raw))))
     }
 
@@ -195,7 +195,7 @@ impl Volume<'_> {
                 "{source}: holds something that is neither ext4, xfs nor btrfs; use it with fs=none, or empty it yourself"
             ))),
             Found::Blank if self.record.options.read_only => {
-                Err(Error::Usage(format!("{source}: is empty, and read-only nobody can fill it")))
+                Err(Error::Refused(format!("{source}: is empty, and read-only nobody can fill it")))
             }
             Found::Blank => Ok(false),
         }
@@ -210,12 +210,7 @@ impl Volume<'_> {
         progress.step(&format!("making {fs}"));
         let keep_space = self.record.options.provision == Provision::Thick;
         let made = fs.make(device, &self.record.options.mkfs, keep_space);
-        made.map_err(|error| match self.pool.space() {
-            Ok(space) if space.free < SCANT => {
-                Error::Other(anyhow!("{error} (its pool has {} left)", size::human(space.free)))
-            }
-            _ => error,
-        })?;
+        made.map_err(|error| self.blame(error))?;
         self.set_root(device)
     }
 

@@ -27,9 +27,12 @@ pub(crate) enum Error {
     /// Somebody uses it.
     #[error("{0}")]
     InUse(String),
-    /// What was asked for makes no sense, or is more than there is.
+    /// What was asked for makes no sense.
     #[error("{0}")]
     Usage(String),
+    /// It makes sense, and is not to be had: there is not so much, or not of that kind.
+    #[error("{0}")]
+    Refused(String),
     /// What is on the disk is not what it should be.
     #[error("{0}")]
     Broken(String),

@@ -192,7 +192,9 @@ pub(super) fn run(
 pub(super) fn said(output: &Output) -> String {
     const MOST: usize = 300;
     let text = [&output.stderr[..], &output.stdout[..]].map(String::from_utf8_lossy).join("\n");
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    // All that may be said is no help against what was wrong.
+    let lines: Vec<_> = lines.take_while(|line| !line.starts_with("Usage:")).collect();
     // Some begin each line with their own name, which the reader has been told.
     let bare = |line: &&str| {
         line.split_once(": ").filter(|(name, _)| name.starts_with("mkfs.")).map(|(_, rest)| rest.to_owned())

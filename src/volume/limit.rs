@@ -46,10 +46,10 @@ impl Pool {
             )));
         }
         if volume.record.fs == FsKind::None {
-            return Err(Error::Usage(format!("volume `{name}` has no file system to check (fs=none)")));
+            return Err(Error::Refused(format!("volume `{name}` has no file system to check (fs=none)")));
         }
         if repair && volume.record.options.read_only {
-            return Err(Error::Usage(format!("volume `{name}` is read-only")));
+            return Err(Error::Refused(format!("volume `{name}` is read-only")));
         }
         if let Some(plane) = state.plane.as_ref().filter(|plane| plane.is_in_use()) {
             let why = plane.describe_use();

@@ -6,15 +6,13 @@
 //!   down:  unmount ─ data plane ends, all is durable ─ "clean"
 //! ```
 
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use rustix::io::Errno;
-use rustix::mount::MountFlags;
 
 use super::filesystem::{Check, Verdict};
 use super::plane::{Life, Plane};
@@ -28,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// And so long to close files: a process that was killed takes a moment to, and so does a child between fork and exec.
 const FILES_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Of one device at one path, one above the other.
+const MOST_MOUNTS: usize = 100;
 
 impl Pool {
     /// Mounts a volume for `holder`, or counts that holder once more. The path is that of the mounted folder; of the block
@@ -133,12 +134,13 @@ impl Volume<'_> {
                 self.save_state(state)?;
                 Ok(path)
             }
-            // Others may use what was there before.
-            Err(error) if before.is_some() => Err(error),
             Err(error) => {
-                // The first error is the one to tell.
-                let _ = self.take_down(state, true);
-                Err(error)
+                // Others may use what was there before.
+                if before.is_none() {
+                    // The first error is the one to tell.
+                    let _ = self.take_down(state, true);
+                }
+                Err(self.blame(error))
             }
         }
     }
@@ -214,18 +216,30 @@ impl Volume<'_> {
             // It may be mounted, and that not be written down yet.
             let path = state.mounted.clone().unwrap_or_else(|| self.pool.runtime().mount_point(&self.name));
             let until = Instant::now() + FILES_PATIENCE;
+            let mut unmounted = 0;
             while self.is_mounted(state, &path) {
+                if unmounted > MOST_MOUNTS {
+                    return Err(Error::Other(anyhow!(
+                        "volume `{}`: {} stays mounted; is another mount above it?",
+                        self.name,
+                        path.display()
+                    )));
+                }
                 let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
                 match fuse::unmount(&path, force || dead)? {
-                    Unmounted::Yes => clean = !force && !dead,
+                    Unmounted::Yes => {
+                        clean = !force && !dead;
+                        unmounted += 1;
+                    }
                     Unmounted::Busy if Instant::now() < until => {
                         std::thread::sleep(Duration::from_millis(10));
                     }
                     Unmounted::Busy => {
                         return Err(Error::InUse(format!(
-                            "volume `{}` is in use: a process has files open in {}",
+                            "volume `{}` is in use: files in {} are open in {}; end that first",
                             self.name,
-                            path.display()
+                            path.display(),
+                            fuse::describe_users(&path)
                         )));
                     }
                 }
@@ -261,36 +275,6 @@ impl Volume<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Mounts the device with the volume's options.
-    pub(super) fn mount_at(&self, device: &Path, point: &Path, read_only: bool) -> Result<()> {
-        let (mut flags, mut data) = split(&self.record.options.mount);
-        if read_only {
-            flags |= MountFlags::RDONLY;
-        }
-        if self.record.fs == FsKind::Xfs {
-            // Copies of a volume have its file system's id.
-            data.push("nouuid");
-        }
-        let data = CString::new(data.join(",")).context("mount options")?;
-        let fs = self.record.fs.to_string();
-        let mounted = rustix::mount::mount(device, point, fs.as_str(), flags, Some(data.as_c_str()));
-        mounted.map_err(|errno| self.explain(errno, &fs))
-    }
-
-    fn explain(&self, errno: Errno, fs: &str) -> Error {
-        let (name, options) = (&self.name, &self.record.options.mount);
-        match errno {
-            Errno::INVAL if !options.is_empty() => Error::Usage(format!(
-                "volume `{name}`: the kernel cannot mount it with mount-options={options}, or its {fs} is damaged \
-                 (nbdbridge volume fsck {name})"
-            )),
-            Errno::NODEV => Error::Other(anyhow!("volume `{name}`: this kernel has no {fs} (modprobe {fs})")),
-            errno => Error::Broken(format!(
-                "volume `{name}`: its {fs} cannot be mounted: {errno}; nbdbridge volume fsck {name} looks at it"
-            )),
-        }
     }
 
     /// All that a file system needs before it is mounted: a check where it was not clean, an identity of its own, and
@@ -369,41 +353,4 @@ fn stays_in_use(plane: &Plane) -> bool {
         std::thread::sleep(Duration::from_millis(10));
     }
     false
-}
-
-/// Mount options as the kernel takes them: some are flags, and the file system's own are text.
-fn split(options: &str) -> (MountFlags, Vec<&str>) {
-    let (mut flags, mut data) = (MountFlags::empty(), Vec::new());
-    for option in options.split(',').map(str::trim).filter(|option| !option.is_empty()) {
-        match option {
-            "defaults" | "rw" => {}
-            "ro" => flags |= MountFlags::RDONLY,
-            "nosuid" => flags |= MountFlags::NOSUID,
-            "nodev" => flags |= MountFlags::NODEV,
-            "noexec" => flags |= MountFlags::NOEXEC,
-            "sync" => flags |= MountFlags::SYNCHRONOUS,
-            "dirsync" => flags |= MountFlags::DIRSYNC,
-            "noatime" => flags |= MountFlags::NOATIME,
-            "nodiratime" => flags |= MountFlags::NODIRATIME,
-            "relatime" => flags |= MountFlags::RELATIME,
-            "strictatime" => flags |= MountFlags::STRICTATIME,
-            "lazytime" => flags |= MountFlags::LAZYTIME,
-            other => data.push(other),
-        }
-    }
-    (flags, data)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn flags_and_text() {
-        assert_eq!(split(""), (MountFlags::empty(), vec![]));
-        assert_eq!(
-            split("noatime, discard,ro,,data=ordered,defaults"),
-            (MountFlags::NOATIME | MountFlags::RDONLY, vec!["discard", "data=ordered"])
-        );
-    }
 }

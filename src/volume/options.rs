@@ -221,6 +221,9 @@ impl Options {
                 if value.split(',').any(names_another) {
                     return Err(wrong("options of the file system, none of which names a device or a file"));
                 }
+                if value.split(',').any(|option| option.trim() == "ro") {
+                    return Err(wrong("a volume that nobody can change is one with read-only=true"));
+                }
                 self.mount = value.to_owned();
             }
             "uid" => self.uid = Some(value.parse().map_err(|_| wrong("a user's number is wanted"))?),
@@ -398,6 +401,7 @@ mod tests {
             ("read-only=true", "stays so"),
             ("fs=none;mode=0700", "no file system for"),
             ("mount-options=a\nb", "control characters"),
+            ("mount-options=noatime, ro", "read-only=true"),
             ("mkfs-options=/dev/sdb", "none of which names a device"),
             ("mkfs-options=-q extra stray", "none of which names a device"),
             ("fs=xfs;mkfs-options=-l logdev=x,size=64m", "none of which names a device"),

@@ -34,7 +34,6 @@ pub(super) const NEW: &str = ".new-";
 #[derive(Debug)]
 pub(crate) struct Pool {
     folder: PathBuf,
-    settings: Settings,
     runtime: Runtime,
 }
 
@@ -55,24 +54,9 @@ impl Pool {
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         let shown = folder.display();
         let folder = folder.canonicalize().with_context(|| format!("{shown}: there is no such pool"))?;
-        let file = folder.join(FILE);
-        let settings = match durable::read(&file) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let line = format!(
-                    "{shown}: is not a pool of volumes; make one: nbdbridge volume pool --pool {shown} --make"
-                );
-                return Err(Error::Usage(line));
-            }
-            other => other.with_context(|| format!("{}: cannot read it", file.display()))?,
-        };
-        let settings = serde_json::from_slice(&settings).map_err(|error| {
-            Error::Broken(format!(
-                "{}: {error}; remove that file, and set the pool up again: nbdbridge volume pool --make",
-                file.display()
-            ))
-        })?;
+        read_settings(&folder)?;
         let meta = fs::metadata(&folder).with_context(|| format!("{shown}: cannot look at it"))?;
-        let pool = Pool { runtime: Runtime::new(&meta)?, folder, settings };
+        let pool = Pool { runtime: Runtime::new(&meta)?, folder };
         pool.converge()?;
         Ok(pool)
     }
@@ -98,7 +82,7 @@ impl Pool {
             let line = format!(
                 "{shown}: is no pool of volumes, and not empty; if it is meant: nbdbridge volume pool --pool {shown} --make"
             );
-            return Err(Error::Usage(line));
+            return Err(Error::Refused(line));
         }
         write_settings(folder, &Settings::default())
     }
@@ -108,20 +92,21 @@ impl Pool {
         &self.folder
     }
 
-    /// What it is set to.
-    pub(crate) fn settings(&self) -> &Settings {
-        &self.settings
+    /// What it is set to now: others may have changed it.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn settings(&self) -> Result<Settings> {
+        read_settings(&self.folder)
     }
 
     /// Changes that for good.
     ///
     /// # Errors
     /// One line.
-    pub(crate) fn change(&mut self, settings: Settings) -> Result<()> {
+    pub(crate) fn change(&self, settings: &Settings) -> Result<()> {
         let _lock = self.lock()?;
-        write_settings(&self.folder, &settings)?;
-        self.settings = settings;
-        Ok(())
+        write_settings(&self.folder, settings)
     }
 
     /// Mounts volumes below this folder from now on.
@@ -287,7 +272,7 @@ impl Volume<'_> {
     /// It is a remote one.
     pub(super) fn own_format(&self) -> Result<DiskFormat> {
         self.record.format.ok_or_else(|| {
-            Error::Usage(format!(
+            Error::Refused(format!(
                 "volume `{}`: its disk is a remote one; its size and copies are the business of whoever serves it",
                 self.name
             ))
@@ -348,6 +333,25 @@ impl Volume<'_> {
     pub(crate) fn save_state(&self, state: &State) -> Result<()> {
         self.pool.runtime.write(&self.name, state)
     }
+}
+
+fn read_settings(folder: &Path) -> Result<Settings> {
+    let (shown, file) = (folder.display(), folder.join(FILE));
+    let settings = match durable::read(&file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let line = format!(
+                "{shown}: is not a pool of volumes; make one: nbdbridge volume pool --pool {shown} --make"
+            );
+            return Err(Error::Refused(line));
+        }
+        other => other.with_context(|| format!("{}: cannot read it", file.display()))?,
+    };
+    serde_json::from_slice(&settings).map_err(|error| {
+        Error::Broken(format!(
+            "{}: {error}; remove that file, and set the pool up again: nbdbridge volume pool --make",
+            file.display()
+        ))
+    })
 }
 
 fn write_settings(folder: &Path, settings: &Settings) -> Result<()> {

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use anyhow::Context;
 use rustix::fs::{FlockOperation, flock};
 
+use super::options::DiskFormat;
+use super::plane::Plane;
 use super::pool::{GONE, NEW};
 use super::runtime::State;
 use super::{Error, Name, Pool, Result, Volume, durable};
@@ -20,7 +22,10 @@ impl Pool {
     /// [`Error::InUse`], [`Error::Broken`]: nothing was removed.
     pub(crate) fn remove(&self, name: &Name, force: bool) -> Result<()> {
         let mut volume = match self.volume(name) {
-            Err(Error::Broken(_)) if force => return self.remove_broken(name),
+            Err(error) if force && !matches!(error, Error::NotFound { .. }) => {
+                tracing::warn!("volume `{name}`: {error}");
+                return self.remove_broken(name);
+            }
             Err(Error::Broken(line)) => {
                 return Err(Error::Broken(format!(
                     "{line}; put it right, or remove the volume with --force"
@@ -44,7 +49,14 @@ impl Pool {
         if let Some(path) = &state.mounted {
             crate::fuse::unmount(path, true)?;
         }
-        if let Some(plane) = &state.plane {
+        let mut plane = state.plane;
+        if plane.is_none() && state.starting {
+            // Whoever started it did not live to tell.
+            let disks = [DiskFormat::Raw, DiskFormat::Qcow2]
+                .map(|format| self.path_of(name).join(format.disk_name()));
+            plane = disks.into_iter().find_map(|disk| Plane::find(&disk.into_os_string(), false, &[]));
+        }
+        if let Some(plane) = plane {
             plane.stop(true)?;
         }
         self.runtime().write(name, &State::default())?;

@@ -50,7 +50,7 @@ impl Volume<'_> {
     fn resize(&mut self, size: u64, progress: &dyn Progress) -> Result<Resized> {
         let old_size = self.record.size;
         let format = self.own_format()?;
-        let refuse = |why: String| Err(Error::Usage(format!("volume `{}`: {why}", self.name)));
+        let refuse = |why: String| Err(Error::Refused(format!("volume `{}`: {why}", self.name)));
         if self.record.options.read_only {
             return refuse("is read-only, and keeps its size".to_owned());
         }

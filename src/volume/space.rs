@@ -65,14 +65,15 @@ impl Pool {
         let found =
             rustix::fs::statvfs(self.folder()).with_context(|| self.folder().display().to_string())?;
         let capacity = found.f_blocks.saturating_mul(found.f_frsize);
-        let reserve = self.settings().reserve.of(capacity);
+        let settings = self.settings()?;
+        let reserve = settings.reserve.of(capacity);
         let sizes = self.all()?.into_iter().filter_map(|(name, record)| {
             let disk = record.ok().filter(|record| record.format.is_some())?.size;
             Some(disk.saturating_add(snapshot::promised(&self.path_of(&name))))
         });
         let promised = sizes.fold(0_u64, u64::saturating_add);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]
-        let promisable = (capacity.saturating_sub(reserve) as f64 * self.settings().overcommit) as u64;
+        let promisable = (capacity.saturating_sub(reserve) as f64 * settings.overcommit) as u64;
         let free = found.f_bavail.saturating_mul(found.f_frsize);
         Ok(Space { capacity, free, reserve, promised, promisable })
     }
@@ -81,13 +82,13 @@ impl Pool {
     /// locked, until the promise is written down.
     ///
     /// # Errors
-    /// [`Error::Usage`] with what there is, and the way out.
+    /// [`Error::Refused`] with what there is, and the way out.
     pub(super) fn admit(&self, promised: u64, now: u64) -> Result<()> {
         let space = self.space()?;
         let left = space.promisable.saturating_sub(space.promised);
         let (pool, human) = (self.folder().display(), size::human);
         if promised > left {
-            return Err(Error::Usage(format!(
+            return Err(Error::Refused(format!(
                 "{pool}: {} are more than the {} that may still be promised (of {}, {} are); remove volumes, or see \
                  nbdbridge volume pool --overcommit",
                 human(promised),
@@ -98,7 +99,7 @@ impl Pool {
         }
         let spare = space.free.saturating_sub(space.reserve);
         if space.free < space.reserve || now > spare {
-            return Err(Error::Usage(format!(
+            return Err(Error::Refused(format!(
                 "{pool}: no space: {} are wanted, and of {} free {} are kept in reserve; make room, or see \
                  nbdbridge volume pool --reserve",
                 human(now),

@@ -29,10 +29,15 @@ fn every_call() {
     assert_eq!(answer["Capabilities"], json!({ "Scope": "local" }));
     assert_eq!(world.volumes(), [""; 0]);
 
+    // The daemon goes by what a pool is set to meanwhile.
+    let pool = world.pool();
+    run(PROGRAM, &["volume", "pool", "--pool", pool.to_str().unwrap(), "--default-size=96M"]);
+
     // Options may be null or absent, and podman's `timeout` is among them.
     world.call("VolumeDriver.Create", &json!({ "Name": "plain" }));
     world.call("VolumeDriver.Create", &json!({ "Name": "plain", "Opts": null }));
     world.call("VolumeDriver.Create", &json!({ "Name": "plain", "Opts": {} }));
+    assert_eq!(world.status("plain")["size"], json!(96 << 20));
     let options = json!({ "size": "64M", "iops-total": "5000", "timeout": "30" });
     world.call("VolumeDriver.Create", &json!({ "Name": "data", "Opts": options }));
     // The same again, in other words.

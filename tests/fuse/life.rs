@@ -78,7 +78,7 @@ fn detach_clears_what_a_killed_server_has_left() {
     assert!(!is_mounted(&mount.path) && !mount.join("file").exists());
     let refused = nbdbridge(mount.folder.path(), &["detach", "file"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));
-    assert!(one_line(&refused).contains("is no file of nbdbridge's"));
+    assert!(one_line(&refused).contains("is no device or file of nbdbridge's"));
 }
 
 /// That a file was made for it is remembered when its server is killed, whoever comes next.
@@ -111,7 +111,7 @@ fn a_new_file_goes_after_a_kill_too() {
     run("umount", &[&path]);
     fs::write(&path, "words").unwrap();
     let refused = nbdbridge(folder.path(), &["detach", "file"]).output().unwrap();
-    assert!(one_line(&refused).contains("is no file of nbdbridge's"), "{refused:?}");
+    assert!(one_line(&refused).contains("is no device or file of nbdbridge's"), "{refused:?}");
     let mut mount = Mount::at(folder, "disk.img", "file", &[]);
     mount.stop();
     assert_eq!(fs::read(path).unwrap(), b"words");

@@ -23,7 +23,11 @@ fn what_cannot_be_mounted_is_said_in_one_line() {
         (&["mem:1M", "/dev/null"], 1, "/dev/null: is not a regular file"),
         (&["mem:1M", "file"], 1, "file: is served by nbdbridge already"),
         (&["no.img", "new"], 1, "no.img: no such file"),
-        (&["null:1M", "new", "--growable"], 2, "--growable: null:1048576 cannot grow; leave it out"),
+        (
+            &["null:1M", "new", "--growable"],
+            2,
+            "--growable: null:1048576 cannot grow as it is opened here; leave it out",
+        ),
         (&["mem:1M", "new", "--growable", "-r"], 2, "--growable: mem:1048576 is read-only; leave it out"),
         (&["mem:1M"], 2, "<FILE>"),
         (&["mem:1M", "new", "--threads", "0"], 2, "--threads"),

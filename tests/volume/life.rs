@@ -112,7 +112,7 @@ fn the_root_folder_and_words_for_mkfs_and_mount() {
     // What mkfs or the kernel does not like is told when the volume is made, and nothing is left of it.
     let refused = world.fails("create b -o size=64M -o mkfs-options=--no-such", 1);
     assert!(refused.contains("mkfs.ext4: "), "{refused}");
-    let refused = world.fails("create b -o size=64M -o mount-options=no_such_option", 2);
+    let refused = world.fails("create b -o size=64M -o mount-options=no_such_option", 1);
     assert!(refused.contains("mount-options=no_such_option"), "{refused}");
     assert_eq!(world.names(), ["a"]);
     world.assert_idle();

@@ -17,7 +17,7 @@ fn a_remote_disk() {
     File::create(&disk).unwrap().set_len(64 << 20).unwrap();
     let server = Server::serve(&[disk.to_str().unwrap(), "-f", "raw"]);
     let uri = server.uri("");
-    let line = world.fails(&format!("create a -o source={uri} -o read-only"), 2);
+    let line = world.fails(&format!("create a -o source={uri} -o read-only"), 1);
     assert!(line.contains("is empty, and read-only nobody can fill it"), "{line}");
     world.ok(&format!("create a -o source={uri}"));
     assert_eq!(world.inspect("a")["size"], 64 << 20);
