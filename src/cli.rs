@@ -344,7 +344,8 @@ fn one_line(error: &clap::Error) -> String {
         line.push_str("; ");
         line.push_str(&join_lines(tip));
     }
-    if error.kind() == ErrorKind::InvalidSubcommand {
+    // Who has a word behind `volume` means no image.
+    if error.kind() == ErrorKind::InvalidSubcommand && !text.contains("Usage: nbdbridge volume") {
         line.push_str("; to serve an image: nbdbridge net IMAGE");
     }
     line.push_str(" (try --help)");

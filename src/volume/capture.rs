@@ -7,18 +7,74 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 
 use super::copy::{self, How};
 use super::freeze::Frozen;
-use super::{Error, Progress, Result, Volume};
+use super::{Error, Pool, Progress, Result, Volume};
 use crate::fuse::Mounted;
 
 /// For so long writers are held up where nobody says otherwise.
 pub(crate) const FREEZE_LIMIT: Duration = Duration::from_secs(30);
+
+/// A disk to be copied, open: it can be removed meanwhile.
+#[derive(Debug)]
+pub(super) struct Disk {
+    file: File,
+    /// Where it was, for people.
+    path: PathBuf,
+}
+
+impl Disk {
+    /// Opens one.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn open(path: PathBuf) -> Result<Self> {
+        let file = File::open(&path).with_context(|| format!("{}: cannot open it", path.display()))?;
+        Ok(Disk { file, path })
+    }
+
+    /// Makes the file `to`, a copy of this disk, which nobody writes; its space is promised. As [`capture`].
+    ///
+    /// # Errors
+    /// One line: no space, for one.
+    pub(super) fn copy(&self, pool: &Pool, to: &Path, progress: &dyn Progress) -> Result<How> {
+        pool.admit(0, if self.shares_with(to) { 0 } else { self.space()? })?;
+        progress.step("copying the disk");
+        finish(self.fill(to, progress, &mut || Ok(())), to, progress)
+    }
+
+    /// Whether a copy at `to` can share its blocks.
+    fn shares_with(&self, to: &Path) -> bool {
+        copy::can_reflink(&self.file, to.parent().unwrap_or(Path::new("/")))
+    }
+
+    /// What a copy takes, in bytes.
+    fn space(&self) -> Result<u64> {
+        let found = self.file.metadata();
+        let found = found.with_context(|| format!("{}: cannot look at it", self.path.display()))?;
+        Ok((found.blocks() * 512).min(found.len()))
+    }
+
+    fn fill(
+        &self,
+        to: &Path,
+        progress: &dyn Progress,
+        go_on: &mut dyn FnMut() -> io::Result<()>,
+    ) -> anyhow::Result<(File, How)> {
+        let new = File::options().read(true).write(true).create_new(true).mode(0o600).open(to);
+        let new = new.with_context(|| format!("{}: cannot make it", to.display()))?;
+        let how = copy::fill(&self.file, &new, &mut |copied| {
+            progress.bytes(copied.done, copied.total);
+            go_on()
+        });
+        Ok((new, how.with_context(|| format!("{}: cannot copy it", self.path.display()))?))
+    }
+}
 
 /// Makes the file `to`, a copy of the volume's disk; it is durable when this returns, its name is not. What cannot be
 /// finished is removed. `promised` says that its space is counted already.
@@ -32,10 +88,9 @@ pub(super) fn capture(
     limit: Duration,
     progress: &dyn Progress,
 ) -> Result<How> {
-    let disk = volume.own_disk()?;
-    let folder = to.parent().unwrap_or(Path::new("/"));
-    let shares = copy::can_reflink(&disk, folder);
-    let takes = space_of(&disk)?;
+    let disk = Disk::open(volume.own_disk()?)?;
+    let shares = disk.shares_with(to);
+    let takes = disk.space()?;
     volume.pool.admit(if promised { 0 } else { takes }, if shares { 0 } else { takes })?;
     let state = volume.state()?;
     let device = state.plane.filter(|plane| !plane.read_only).map(|plane| plane.device);
@@ -58,50 +113,16 @@ pub(super) fn capture(
     progress.step("copying the disk");
     let mut still_frozen = || frozen.as_mut().map_or(Ok(()), Frozen::check).map_err(io::Error::other);
     let filled = device.map_or(Ok(()), |device| flush(&device));
-    let filled = filled.and_then(|()| fill(&disk, to, progress, &mut still_frozen));
+    let filled = filled.and_then(|()| disk.fill(to, progress, &mut still_frozen));
     // First of all, whatever came of it.
     let thawed = frozen.map_or(Ok(()), Frozen::thaw);
     finish(filled.and_then(|new| thawed.map(|()| new)), to, progress)
-}
-
-/// Makes the file `to`, a copy of a disk that nobody writes, such as a snapshot's; its space is promised. As [`capture`].
-///
-/// # Errors
-/// One line: no space, for one.
-pub(super) fn copy_file(volume: &Volume<'_>, from: &Path, to: &Path, progress: &dyn Progress) -> Result<How> {
-    let shares = copy::can_reflink(from, to.parent().unwrap_or(Path::new("/")));
-    volume.pool.admit(0, if shares { 0 } else { space_of(from)? })?;
-    progress.step("copying the disk");
-    finish(fill(from, to, progress, &mut || Ok(())), to, progress)
-}
-
-/// What a copy of a disk takes, in bytes.
-fn space_of(disk: &Path) -> Result<u64> {
-    let found = disk.metadata().with_context(|| format!("{}: cannot look at it", disk.display()))?;
-    Ok((found.blocks() * 512).min(found.len()))
 }
 
 /// All that was written to a device, in its image.
 pub(super) fn flush(device: &Path) -> anyhow::Result<()> {
     let flushed = File::open(device).and_then(|device| device.sync_all());
     flushed.with_context(|| format!("{}: cannot flush it", device.display()))
-}
-
-fn fill(
-    from: &Path,
-    to: &Path,
-    progress: &dyn Progress,
-    go_on: &mut dyn FnMut() -> io::Result<()>,
-) -> anyhow::Result<(File, How)> {
-    let cannot = || format!("{}: cannot copy it", from.display());
-    let from = File::open(from).with_context(cannot)?;
-    let new = File::options().read(true).write(true).create_new(true).mode(0o600).open(to);
-    let new = new.with_context(|| format!("{}: cannot make it", to.display()))?;
-    let how = copy::fill(&from, &new, &mut |copied| {
-        progress.bytes(copied.done, copied.total);
-        go_on()
-    });
-    Ok((new, how.with_context(cannot)?))
 }
 
 fn finish(filled: anyhow::Result<(File, How)>, to: &Path, progress: &dyn Progress) -> Result<How> {

@@ -11,27 +11,33 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 
-use super::capture::{FREEZE_LIMIT, capture, copy_file};
+use super::capture::{Disk, FREEZE_LIMIT, capture};
 use super::copy::How;
 use super::filesystem::{run, said};
 use super::options::DiskFormat;
-use super::snapshot::Snapshot;
 use super::{
     Error, FsKind, Options, Origin, Pool, Progress, Provision, Record, Result, Volume, disk, durable,
 };
 use crate::size::human;
 
-/// What is copied; nobody else works on its volume while this is there.
+/// What is copied.
 #[derive(Debug)]
 pub(super) struct Original<'a> {
-    volume: Volume<'a>,
-    snapshot: Option<Snapshot>,
+    what: What<'a>,
     /// Of its disk.
     pub(super) format: DiskFormat,
     pub(super) fs: FsKind,
     /// In bytes.
     pub(super) size: u64,
     unclean: bool,
+}
+
+#[derive(Debug)]
+enum What<'a> {
+    /// Nobody else works on it while this is there.
+    Volume(Box<Volume<'a>>),
+    /// It never changes, so that its volume is free for others.
+    Snapshot(&'a Pool, Disk),
 }
 
 impl Pool {
@@ -58,7 +64,11 @@ impl Pool {
                 human(size)
             )));
         }
-        Ok(Original { volume, snapshot, format, fs, size, unclean })
+        let what = match &snapshot {
+            Some(snapshot) => What::Snapshot(self, Disk::open(volume.snapshot_disk(snapshot))?),
+            None => What::Volume(Box::new(volume)),
+        };
+        Ok(Original { what, format, fs, size, unclean })
     }
 }
 
@@ -124,9 +134,9 @@ impl Original<'_> {
     /// # Errors
     /// One line: no space; a file system that cannot be frozen for so long.
     pub(super) fn copy(&self, to: &Path, limit: Duration, progress: &dyn Progress) -> Result<How> {
-        match &self.snapshot {
-            None => capture(&self.volume, to, true, limit, progress),
-            Some(snapshot) => copy_file(&self.volume, &self.volume.snapshot_disk(snapshot), to, progress),
+        match &self.what {
+            What::Volume(volume) => capture(volume, to, true, limit, progress),
+            What::Snapshot(pool, disk) => disk.copy(pool, to, progress),
         }
     }
 }

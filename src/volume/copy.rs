@@ -53,10 +53,9 @@ pub(crate) fn fill(from: &File, to: &File, on_progress: OnProgress<'_>) -> io::R
     Ok(How::Copy)
 }
 
-/// Whether files in `folder` can share blocks with `file`.
-pub(crate) fn can_reflink(file: &Path, folder: &Path) -> bool {
-    let (Ok(from), Ok(to)) = (File::open(file), tempfile::tempfile_in(folder)) else { return false };
-    ioctl_ficlone(&to, &from).is_ok()
+/// Whether files in `folder` can share blocks with `from`.
+pub(crate) fn can_reflink(from: &File, folder: &Path) -> bool {
+    tempfile::tempfile_in(folder).is_ok_and(|to| ioctl_ficlone(&to, from).is_ok())
 }
 
 fn fill_by_copying(from: &File, to: &File, on_progress: OnProgress<'_>) -> io::Result<()> {

@@ -64,6 +64,22 @@ fn snapshot_in_the_middle(pool: &Pool, limit: &str) -> (Child, String) {
     panic!("every copy was done before it could be stopped");
 }
 
+/// A copy `b` of a volume or a snapshot, stopped; it is tried again until it is caught.
+fn clone_in_the_middle(pool: &Pool, origin: &str) -> Child {
+    let part = pool.path("b", "disk.raw");
+    let child = (0..20).find_map(|_| {
+        let mut child = stop_in_the_middle(pool, &["clone", origin, "b"], &part)?;
+        if pool.record("b")["pending"].is_null() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            pool.ok(&["rm", "b"]);
+            return None;
+        }
+        Some(child)
+    });
+    child.expect("every copy was done before it could be stopped")
+}
+
 /// A write that is held up as long as the file system is frozen.
 fn write_in_background(point: &Path) -> mpsc::Receiver<()> {
     let (done, wait) = mpsc::channel();
@@ -160,22 +176,28 @@ fn a_killed_copy_is_none() {
     let pool = Pool::new();
     volume(&pool);
     pool.umount("a");
-    let part = pool.path("b", "disk.raw");
-    let child = (0..20).find_map(|_| {
-        let mut child = stop_in_the_middle(&pool, &["clone", "a", "b"], &part)?;
-        if pool.record("b")["pending"].is_null() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            pool.ok(&["rm", "b"]);
-            return None;
-        }
-        Some(child)
-    });
-    let mut child = child.expect("every copy was done before it could be stopped");
+    let mut child = clone_in_the_middle(&pool, "a");
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(pool.refusal(&["inspect", "b"]).contains("no volume is named `b`"));
     pool.ok(&["clone", "a", "b"]);
     let point = pool.mount("b");
     assert!(has_file(&point.join("large"), LARGE, 9));
+}
+
+#[test]
+fn a_copy_of_a_snapshot_holds_nobody_up() {
+    if missing("a_copy_of_a_snapshot_holds_nobody_up", &["mkfs.ext4"]) {
+        return;
+    }
+    let pool = Pool::new();
+    volume(&pool);
+    pool.ok(&["snapshot", "a", "s"]);
+    let mut child = clone_in_the_middle(&pool, "a@s");
+    pool.umount("a");
+    pool.ok(&["snapshot", "a", "s", "--remove"]);
+    pool.ok(&["rm", "a"]);
+    kill_process(Pid::from_child(&child), Signal::CONT).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(has_file(&pool.mount("b").join("large"), LARGE, 9));
 }
