@@ -3,7 +3,8 @@
 //! A client with one request in flight sends the next as soon as it has the answer. To sleep until then and be woken
 //! costs both sides: where a processor that falls idle must be fetched back from the hypervisor it costs more than
 //! the wait itself, and most of the round trip. Elsewhere it is cheap, and staying awake would only burn time. So
-//! both are tried in turn, and the processor time per request decides.
+//! both are tried in turn, and the processor time per request decides. Awake, it yields its core at each look: the client
+//! may be waiting for it (one client on two cores: 39 k requests a second instead of 31 k).
 //!
 //! Pure policy: the time comes in as an argument, and the reader does the waiting.
 

@@ -152,6 +152,8 @@ impl Reader {
             if begun.elapsed() >= linger::LIMIT {
                 return false;
             }
+            // Whoever waits for this core, as the client may, goes first.
+            rustix::thread::sched_yield();
             // Between two turns the worker looks for events, and does not sleep where somebody has yielded.
             tokio::task::yield_now().await;
         }

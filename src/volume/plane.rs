@@ -82,13 +82,15 @@ impl Plane {
         loop {
             // It may come up between the two looks.
             let coming = is_attaching(source);
-            let mut served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
-            let device = served.find_map(|served| {
-                let devices = served.places.iter().map(PathBuf::from);
-                devices.into_iter().find(|place| place.starts_with("/dev") && !known.contains(place))
-            });
-            match device {
-                Some(device) => return Plane::of(device, read_only).ok(),
+            let served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
+            let devices = served.flat_map(|served| served.places).map(PathBuf::from);
+            let mut planes = devices
+                .filter(|place| place.starts_with("/dev") && !known.contains(place))
+                .filter_map(|device| Plane::of(device, read_only).ok());
+            // Somebody may have attached the same remote disk by hand.
+            let ours = planes.find(|plane| is_told_to_attach(format!("/proc/{}", plane.pid), source));
+            match ours {
+                Some(plane) => return Some(plane),
                 None if !coming || Instant::now() >= until => return None,
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
@@ -219,14 +221,18 @@ fn ublk_name(device: &Path) -> Option<&str> {
     device.to_str().filter(|name| ublk::is_name(name))
 }
 
-/// Whether a process has been told to attach `source`.
+/// Whether a process has been told to attach `source` for a volume.
 fn is_attaching(source: &OsString) -> bool {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes.into_iter().any(|process| {
-        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
-        let mut words = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0);
-        words.next_back() == Some(source.as_encoded_bytes()) && words.any(|word| word == b"attach")
-    })
+    processes.into_iter().any(|process| is_told_to_attach(process.path(), source))
+}
+
+/// Whether the process, a folder of /proc, was started with [`words`] for `source`.
+fn is_told_to_attach(process: impl AsRef<Path>, source: &OsString) -> bool {
+    let line = std::fs::read(process.as_ref().join("cmdline")).unwrap_or_default();
+    let mut words = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0);
+    let ends = [words.next_back(), words.next_back()] == [Some(source.as_encoded_bytes()), Some(b"--")];
+    ends && words.any(|word| word == b"attach")
 }
 
 /// The command line of the process.
@@ -330,7 +336,7 @@ mod tests {
     fn a_process_that_attaches_is_seen() {
         let source = OsString::from("/such a disk.raw");
         let mut command = Command::new("sh");
-        command.args(["-c", "read line", "attach"]).arg(&source).stdin(Stdio::piped());
+        command.args(["-c", "read line", "attach", "--"]).arg(&source).stdin(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let until = Instant::now() + PATIENCE;
         while !is_attaching(&source) && Instant::now() < until {

@@ -32,7 +32,7 @@ fn killed_by(world: &World, program: &str, before: &str, line: &str) -> Output {
 }
 
 /// The run-time state of a volume.
-fn state_file(world: &World, name: &str) -> PathBuf {
+pub(crate) fn state_file(world: &World, name: &str) -> PathBuf {
     let pools = fs::read_dir(world.join("run/volumes")).unwrap().flatten();
     pools.map(|pool| pool.path().join(".state").join(name)).find(|path| path.exists()).unwrap()
 }

@@ -4,6 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use serde_json::{Value, json};
+
+use crate::crash::state_file;
 use crate::support::Server;
 use crate::world::{World, skip};
 
@@ -72,4 +75,31 @@ fn a_disk_that_cannot_be_read_is_not_formatted() {
     assert!(line.contains("cannot read what is there"), "{line}");
     assert!(fs::read(&disk).unwrap() == content);
     assert_eq!(world.names(), Vec::<String>::new());
+}
+
+#[test]
+fn what_somebody_else_has_attached_is_not_taken() {
+    if skip("what_somebody_else_has_attached_is_not_taken", &[]) {
+        return;
+    }
+    let world = World::new();
+    let server = Server::serve(&["mem:64M"]);
+    let uri = server.uri("");
+    world.ok(&format!("create a -o source={uri} -o door=fuse"));
+    world.mount("a");
+    let path = state_file(&world, "a");
+    let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    world.ok("umount a");
+    let attached = world.command(&["attach", "--door=fuse", &uri]).output().unwrap();
+    let device = String::from_utf8(attached.stdout).unwrap().trim().to_owned();
+    assert!(device.starts_with("/dev/loop"), "{device}");
+    // A data plane was about to be started; it never was.
+    (state["plane"], state["mounted"]) = (Value::Null, Value::Null);
+    (state["holders"], state["starting"]) = (json!({}), json!(true));
+    fs::write(path, serde_json::to_vec(&state).unwrap()).unwrap();
+    world.mount("a");
+    assert_ne!(world.inspect("a")["device"], json!(device));
+    world.ok("umount a");
+    let detached = world.command(&["detach", &device]).output().unwrap();
+    assert!(detached.status.success(), "{detached:?}");
 }
