@@ -29,16 +29,12 @@ fn on_a_newer_kernel() {
         "limits",
         "verify",
         "discard",
-        "busy",
         "recover",
         "supervis",
         "no_successor",
-        "many",
         "attach",
         "resize",
         "large_reads",
-        "udev",
-        "volume_killed",
         "volume_grow",
     ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
