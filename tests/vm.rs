@@ -26,7 +26,6 @@ fn with_little_memory() {
 #[test]
 fn on_a_newer_kernel() {
     let names = [
-        "limits",
         "verify",
         "discard",
         "recover",
