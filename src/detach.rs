@@ -14,10 +14,14 @@ use crate::attach::{backing_file, describe_use, detach_loop, in_use};
 use crate::attachment::Attachment;
 use crate::cli::DetachArgs;
 use crate::fuse::{self, Mounted, Unmounted};
+use crate::patience::lasts;
 use crate::ublk;
 
 /// A server that takes longer to end is left alone.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Programs that look at every device have it open for less.
+const LOOKERS: Duration = Duration::from_secs(1);
 
 /// Ends the attachment at a device or file.
 ///
@@ -49,7 +53,7 @@ fn detach_device(device: &Path, force: bool) -> Result<()> {
         bail!("{}: was not attached by nbdbridge (`nbdbridge devices` lists what was)", device.display());
     };
     ensure!(
-        force || !stays_in_use(device),
+        force || !lasts(LOOKERS, || in_use(device)),
         "{}: is in use ({}); end that first, or add --force",
         device.display(),
         describe_use(device)
@@ -61,18 +65,6 @@ fn detach_device(device: &Path, force: bool) -> Result<()> {
     unmount(&attachment.file, true)?;
     attachment.forget(&note);
     Ok(())
-}
-
-/// Whether it is in use for longer than programs take that look at every device.
-fn stays_in_use(device: &Path) -> bool {
-    let begun = Instant::now();
-    while in_use(device) {
-        if begun.elapsed() > Duration::from_secs(1) {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    false
 }
 
 /// A FUSE file of ours.

@@ -15,6 +15,7 @@ mod fuse;
 mod info;
 mod io_flusher;
 mod net;
+mod patience;
 mod serve;
 mod size;
 mod systemd;

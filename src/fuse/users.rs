@@ -1,5 +1,5 @@
-//! Who has FILE open, or what is in a mounted folder: for a warning, so that a person finds what is in the way. By the paths in /proc and /sys alone: to
-//! look at the file itself could wait for its server.
+//! Who has FILE open, or what is in a mounted folder: for a warning, so that a person finds what is in the way. By the
+//! paths in /proc and /sys alone: to look at the file itself could wait for its server.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;

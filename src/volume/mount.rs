@@ -20,8 +20,9 @@ use super::private;
 use super::runtime::State;
 use super::{Error, FsKind, Name, Pool, Progress, Result, Volume, holders};
 use crate::fuse::{self, Mounted, Unmounted};
+use crate::patience::lasts;
 
-/// So long is waited for others to let go of a device.
+/// So long is waited for others to let go of a device: a container that starts has a copy of every mount at first.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// And so long to close files: a process that was killed takes a moment to, and so does a child between fork and exec.
@@ -253,7 +254,7 @@ impl Volume<'_> {
         if let Some(plane) = &state.plane {
             let dead = plane.life() == Life::Dead;
             clean &= !dead;
-            if !force && !dead && self.record.fs != FsKind::None && stays_in_use(plane) {
+            if !force && !dead && self.record.fs != FsKind::None && lasts(PATIENCE, || plane.is_in_use()) {
                 // Somebody else's mount: whoever looks after it has ended it next.
                 tracing::warn!("volume `{}`: stays attached, {}", self.name, plane.describe_use());
                 state.mounted = None;
@@ -340,17 +341,4 @@ impl Volume<'_> {
         served.set_limits(&self.record.limits)?;
         Ok(())
     }
-}
-
-/// Whether somebody else has it mounted, for longer than the moment that it takes to start a container, which has a copy
-/// of every mount at first.
-fn stays_in_use(plane: &Plane) -> bool {
-    let until = Instant::now() + PATIENCE;
-    while plane.is_in_use() {
-        if Instant::now() >= until {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    false
 }

@@ -1,10 +1,11 @@
 //! Data planes that died together with their supervisors, as the processes of a container or of a service that is killed
 //! do. Requests wait for a successor, which whoever serves the pool next starts here.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::plane::{Life, Plane};
 use super::{Name, Pool, Result};
+use crate::patience::lasts;
 
 /// A supervisor that lives has started a successor by then.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -39,12 +40,5 @@ impl Pool {
 
 /// Whether a data plane has died, and nobody starts another one.
 fn stays_dead(plane: &Plane) -> bool {
-    let until = Instant::now() + PATIENCE;
-    while plane.life() == Life::Recovers {
-        if Instant::now() >= until {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    false
+    lasts(PATIENCE, || plane.life() == Life::Recovers)
 }
