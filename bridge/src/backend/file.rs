@@ -156,6 +156,8 @@ struct Disk {
     file: Arc<File>,
     /// With O_DIRECT, a second descriptor that goes through the page cache: for the last, partial block.
     cached: Option<Arc<File>>,
+    /// The descriptor of durable writes, see [`Disk::writer`]; None where there are none.
+    durable: Option<Arc<File>>,
     kind: Kind,
     /// Past the end of the file lie zeroes, and writes make it longer.
     open_ended: bool,

@@ -73,7 +73,7 @@ impl Disk {
         if blocks.aligned(offset, data.len()) {
             let _lock = self.ranges.lock(offset, end, Mode::Shared).await;
             let all = 0..data.len();
-            return self.write_part(&self.file, data, all, offset, durable).await;
+            return self.write_part(self.writer(durable), data, all, offset, durable).await;
         }
         let _lock = self.ranges.lock(offset, end, Mode::Exclusive).await;
         let (start, stop) = (blocks.down(offset), blocks.up(end));
@@ -93,13 +93,13 @@ impl Disk {
             stored = data.len().min(bounce.len() - from);
             bounce[from..from + stored].copy_from_slice(&data[..stored]);
             let all = 0..bounce.len();
-            self.write_part(&self.file, bounce, all, start, durable).await?;
+            self.write_part(self.writer(durable), bounce, all, start, durable).await?;
         }
         let rest = stored..data.len();
         self.write_part(self.tail(), data, rest, offset + stored as u64, durable).await
     }
 
-    /// The descriptor for the last, partial block.
+    /// Returns the descriptor for the last, partial block. Flushes do not use it, so that durable writes need no other.
     fn tail(&self) -> &Arc<std::fs::File> {
         self.cached.as_ref().unwrap_or(&self.file)
     }

@@ -57,10 +57,16 @@ pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result
     if matches!(kind, Kind::Device(_)) && !options.read_only {
         refuse_read_only_device(path, &cached)?;
     }
-    let (file, cached) = if options.cache.direct() && kind != Kind::Memory {
-        (open_direct(path, options.read_only, &metadata)?, Some(cached))
+    let more = if options.cache.direct() && kind != Kind::Memory { OFlags::DIRECT } else { OFlags::empty() };
+    let (file, cached) = if more.contains(OFlags::DIRECT) {
+        (open_again(path, options.read_only, more, &metadata)?, Some(cached))
     } else {
         (cached, None)
+    };
+    let writes_durably = !options.read_only && kind != Kind::Memory && options.cache != CacheMode::Unsafe;
+    let durable = match writes_durably {
+        true => Some(open_again(path, false, more, &metadata)?),
+        false => None,
     };
     let direct = match cached {
         Some(_) => Some(direct_alignment(path, &file, kind)?),
@@ -83,6 +89,7 @@ pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result
         ranges: RangeLocks::new(u64::from(geometry.preferred_block)),
         file: Arc::new(file),
         cached: cached.map(Arc::new),
+        durable: durable.map(Arc::new),
         kind,
         size: AtomicU64::new(geometry.size),
         version: AtomicU64::new(0),
@@ -140,9 +147,9 @@ fn open_file(path: &Path, read_only: bool, more: OFlags) -> Result<File> {
     Ok(file.into())
 }
 
-/// Opens with O_DIRECT the file that `first` describes.
-fn open_direct(path: &Path, read_only: bool, first: &std::fs::Metadata) -> Result<File> {
-    let file = open_file(path, read_only, OFlags::DIRECT)?;
+/// Opens another descriptor of the file that `first` describes.
+fn open_again(path: &Path, read_only: bool, more: OFlags, first: &std::fs::Metadata) -> Result<File> {
+    let file = open_file(path, read_only, more)?;
     let second = file.metadata().map_err(|error| os(path, "cannot look at it", error))?;
     if (first.dev(), first.ino()) != (second.dev(), second.ino()) {
         return Err(unsupported(path, "was replaced while it was opened; try again".into()));

@@ -34,23 +34,15 @@ impl Disk {
             this.gate.check()?;
         }
         let result = match this.direct {
-            // Both must end what they began: a durable write may be the one that hears of an earlier write's
-            // failure, and a block that was read to be modified must be written before its lock is given up.
+            // It must end what it began: a block that was read to be modified must be written before its lock is
+            // given up.
             Some(align) => {
                 let disk = this.clone();
                 to_the_end(async move { disk.write_direct(align, offset, data, durable).await }).await
             }
-            None if durable => {
-                let disk = this.clone();
-                to_the_end(async move {
-                    let all = 0..data.len();
-                    disk.write_part(&disk.file, data, all, offset, true).await
-                })
-                .await
-            }
             None => {
                 let all = 0..data.len();
-                this.write_part(&this.file, data, all, offset, false).await
+                this.write_part(this.writer(durable), data, all, offset, durable).await
             }
         };
         result.map(drop)
@@ -94,8 +86,17 @@ impl Disk {
         self.direct.is_some_and(|align| !(count as u64).is_multiple_of(align))
     }
 
-    /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. With `durable`, a sync that
-    /// fails latches the flush gate: run it to the end, see [`to_the_end`].
+    /// Returns the descriptor for writes of whole blocks. Durable writes have one of their own: the kernel tells each
+    /// descriptor once of a lost page, and what a durable write hears must not be missing from the next flush.
+    pub(super) fn writer(&self, durable: bool) -> &Arc<File> {
+        self.durable.as_ref().filter(|_| durable).unwrap_or(&self.file)
+    }
+
+    /// Stores `buf[part]` at `offset` of this descriptor, in as many steps as it takes. `file` is the result of
+    /// [`Disk::writer`], or of [`Disk::tail`].
+    ///
+    /// # Errors
+    /// The errno of the write or of its own sync. Only a failed flush latches the gate.
     pub(super) async fn write_part(
         &self,
         file: &Arc<File>,
@@ -116,16 +117,6 @@ impl Disk {
                 Err(Errno::OPNOTSUPP) if dsync => {
                     self.gate.forget_dsync();
                     dsync = false;
-                }
-                // The write itself, or its sync, which then told of other writes' loss: it is done again without.
-                Err(errno) if dsync => {
-                    let call = Call::Write { buf, part: part.clone(), offset, durable: false };
-                    let (_, again) = self.transfer(Op { file: file.clone(), call }).await?;
-                    if again.is_ok() {
-                        self.gate.fail(errno);
-                        return Err(Error::from_errno(Errno::IO, "durable write"));
-                    }
-                    return Err(Error::from_errno(errno, "write"));
                 }
                 Err(errno) => return Err(Error::from_errno(errno, "write")),
             }
