@@ -20,7 +20,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bridge::backend::file::FileOptions;
 use bridge::backend::file::{AioMode as FileAio, CacheMode as FileCache, DiscardMode as FileDiscard};
-use bridge::backend::image::open_any;
+use bridge::backend::image::{ImageAccess, ImageMemory, open_any};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::nbd::NbdBackend;
 use bridge::backend::null::NullBackend;
@@ -54,24 +54,34 @@ impl Drop for Made {
     }
 }
 
-/// Opens every source and stacks its layers.
+/// Opens every source and stacks its layers. The images share `memory`.
 ///
 /// # Errors
 /// One line for the first that cannot be served.
-pub(crate) fn exports(exports: &[ExportArg], args: &SourceArgs) -> Result<(Vec<Arc<Export>>, Made)> {
+pub(crate) fn exports(
+    exports: &[ExportArg],
+    args: &SourceArgs,
+    memory: &ImageMemory,
+) -> Result<(Vec<Arc<Export>>, Made)> {
     let limits = Limits::parse(&args.throttles, exports)?;
     let mut made = Made::default();
-    let exports = exports.iter().map(|export| assemble(export, args, &limits, &mut made));
+    let exports = exports.iter().map(|export| assemble(export, args, memory, &limits, &mut made));
     Ok((exports.collect::<Result<_>>()?, made))
 }
 
-fn assemble(export: &ExportArg, args: &SourceArgs, limits: &Limits, made: &mut Made) -> Result<Arc<Export>> {
+fn assemble(
+    export: &ExportArg,
+    args: &SourceArgs,
+    memory: &ImageMemory,
+    limits: &Limits,
+    made: &mut Made,
+) -> Result<Arc<Export>> {
     make(&export.source, args, made)?;
     let mut stack = match &args.overlay {
-        None => open(&export.source, args)?,
+        None => open(&export.source, args, memory)?,
         Some(overlay) => {
             overlay::refuse_onto_itself(overlay, &export.source)?;
-            let base = open(&export.source, &SourceArgs { read_only: true, ..args.clone() })?;
+            let base = open(&export.source, &SourceArgs { read_only: true, ..args.clone() }, memory)?;
             overlay::lay(base, overlay, &export.source, args)?
         }
     };
@@ -147,7 +157,7 @@ fn make(source: &Source, args: &SourceArgs, made: &mut Made) -> Result<()> {
 ///
 /// # Errors
 /// One line that names it.
-pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
+pub(crate) fn open(source: &Source, args: &SourceArgs, memory: &ImageMemory) -> Result<Box<dyn Backend>> {
     let path = match source {
         Source::Memory(size) => return Ok(Box::new(MemoryBackend::new(*size))),
         Source::Null(size) => return Ok(Box::new(NullBackend::new(*size))),
@@ -156,7 +166,8 @@ pub(crate) fn open(source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend
         }
         Source::Path(path) => path,
     };
-    Ok(open_any(path, args.format, file_options(args), args.allow_backing.any())?)
+    let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone() };
+    Ok(open_any(path, args.format, file_options(args), &access)?)
 }
 
 /// How files are opened, the overlay's as well as images.

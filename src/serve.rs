@@ -17,6 +17,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bridge::backend::image::ImageMemory;
 use bridge::worker::Workers;
 use bridge::{Capabilities, Export, LocalFuture, OpenError, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -28,6 +29,9 @@ use crate::{assemble, control, systemd};
 
 /// The last flush has so long where the doors took all the time there was.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
+
+/// The share of the memory budget that the tables and compressed clusters of images take beside it: one part in so many.
+const IMAGES_SHARE: u64 = 4;
 
 /// Serves until told to stop.
 ///
@@ -104,8 +108,11 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
 /// with them its locks: those are waited for.
 fn sources(args: &ServeArgs) -> Result<(Vec<Arc<Export>>, assemble::Made)> {
     let until = Instant::now() + door::patience(&args.doors);
+    let net = args.doors.iter().find_map(DoorArgs::net);
+    let memory =
+        net.map_or_else(ImageMemory::default, |net| ImageMemory::new(net.memory_budget / IMAGES_SHARE));
     loop {
-        match assemble::exports(&args.exports, &args.source) {
+        match assemble::exports(&args.exports, &args.source, &memory) {
             Err(error) if is_locked(&error) && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(20));
             }

@@ -7,6 +7,8 @@
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
 
+#[path = "memory/images.rs"]
+mod images;
 mod support;
 
 use std::io::Write;

@@ -175,7 +175,7 @@ pub(super) struct NetFlags {
     #[arg(long, value_name = "N", default_value = "128", value_parser = clap::value_parser!(u32).range(1..=i64::from(Settings::MAX_IN_FLIGHT)))]
     max_in_flight: u32,
 
-    /// Bytes that requests of all connections may hold at most; 128M or more
+    /// Bytes that requests of all connections may hold at most; 128M or more, and images a quarter of it beside
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = values::parse_budget)]
     memory_budget: u64,
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use bridge::backend::image::{self, Description};
+use bridge::backend::image::{self, Description, ImageMemory};
 use bridge::partition::{Partition, Scheme, Table};
 use bridge::{Backend, Capabilities, ExtentKind, Flags, partition};
 use serde_json::json;
@@ -46,7 +46,7 @@ pub(super) struct Told {
 /// # Errors
 /// One line: it cannot be read. An image that cannot be served is told about all the same, if its header makes sense.
 pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
-    let opened = assemble::open(&args.source, &args.source_args());
+    let opened = assemble::open(&args.source, &args.source_args(), &ImageMemory::default());
     let mut facts = vec![Fact { name: "source", value: Value::Text(args.source.to_string()) }];
     if let Source::Path(path) = &args.source {
         facts.extend(image_facts(path, args)?);

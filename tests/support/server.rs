@@ -130,6 +130,11 @@ impl Server {
         resident_bytes(self.id())
     }
 
+    /// The most that it has had resident.
+    pub(crate) fn peak(&self) -> u64 {
+        status_bytes(self.id(), "VmHWM:")
+    }
+
     /// Processor time that it has used.
     pub(crate) fn processor_time(&self) -> Duration {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap();
@@ -189,8 +194,13 @@ pub(crate) fn net<S: AsRef<OsStr>>(args: &[S]) -> Command {
 
 /// Bytes of memory that a process has resident.
 pub(crate) fn resident_bytes(id: u32) -> u64 {
+    status_bytes(id, "VmRSS:")
+}
+
+/// A size that the kernel tells of a process.
+fn status_bytes(id: u32, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 

@@ -20,6 +20,7 @@ mod guard;
 mod header;
 mod host;
 mod map;
+mod memory;
 mod places;
 mod probe;
 mod refcounts;
@@ -46,10 +47,12 @@ use crate::{
 };
 use host::Host;
 use map::{Map, Place};
+use memory::Tables;
 use thread::EngineThread;
 
 pub use create::{CreateOptions, create};
 pub use describe::{ChainLink, Description, describe};
+pub use memory::ImageMemory;
 pub use probe::{ImageFormat, probe};
 
 /// Bounds of the preferred block in bytes.
@@ -66,8 +69,17 @@ pub struct ImageOptions {
     pub file: FileOptions,
     /// Its format.
     pub format: ImageFormat,
+    /// Which files its names may lead to, and the memory that it may use.
+    pub access: ImageAccess,
+}
+
+/// The files and the memory that an image may use. The default suits an image that nobody vouches for.
+#[derive(Clone, Debug, Default)]
+pub struct ImageAccess {
     /// Follow names that lead out of the image's own folder.
     pub any_backing: bool,
+    /// The memory that its tables and compressed clusters take.
+    pub memory: ImageMemory,
 }
 
 /// Opens an image of any format, raw ones included. Without a `format` it is told from the first sector; what is taken
@@ -79,7 +91,7 @@ pub fn open_any(
     path: &Path,
     format: Option<ImageFormat>,
     file: FileOptions,
-    any_backing: bool,
+    access: &ImageAccess,
 ) -> std::result::Result<Box<dyn Backend>, OpenError> {
     let probed = format.is_none();
     let format = match format {
@@ -87,7 +99,10 @@ pub fn open_any(
         None => probe(path)?,
     };
     if format != ImageFormat::Raw {
-        return Ok(Box::new(ImageBackend::open(path, &ImageOptions { file, format, any_backing })?));
+        return Ok(Box::new(ImageBackend::open(
+            path,
+            &ImageOptions { file, format, access: access.clone() },
+        )?));
     }
     let raw = FileBackend::open(path, &file)?;
     if probed && !file.read_only {
@@ -112,6 +127,9 @@ struct Parts {
     version: u32,
     backing: Option<u64>,
     data_descriptor: Option<Arc<File>>,
+    /// Bytes of the largest cluster of the chain.
+    largest_cluster: u64,
+    tables: Tables,
 }
 
 /// What workers and the engine share.

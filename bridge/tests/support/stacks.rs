@@ -9,7 +9,9 @@ use std::time::Duration;
 use bridge::Backend;
 use bridge::backend::crash::CrashBackend;
 use bridge::backend::file::{AioMode, CacheMode, DiscardMode, FileBackend, FileOptions};
-use bridge::backend::image::{CreateOptions, ImageBackend, ImageFormat, ImageOptions, create, open_any};
+use bridge::backend::image::{
+    CreateOptions, ImageAccess, ImageBackend, ImageFormat, ImageOptions, create, open_any,
+};
 use bridge::backend::memory::MemoryBackend;
 use bridge::backend::nbd::{NbdBackend, NbdOptions};
 use bridge::backend::null::NullBackend;
@@ -154,7 +156,8 @@ fn probed(folder: &str, size: u64) -> Result<Made, String> {
     let folder = tempfile::tempdir_in(folder).map_err(|error| format!("{folder}: {error}"))?;
     let path = folder.path().join("image");
     File::create(&path).and_then(|image| image.set_len(size)).map_err(|error| error.to_string())?;
-    let disk = open_any(&path, None, FileOptions::default(), false).map_err(|error| error.to_string())?;
+    let disk = open_any(&path, None, FileOptions::default(), &ImageAccess::default())
+        .map_err(|error| error.to_string())?;
     Ok((disk, Some(Box::new(folder))))
 }
 
@@ -178,8 +181,11 @@ fn qcow2(
     if layered {
         let below = folder.path().join("below.qcow2");
         create(&below, &options).map_err(|error| error.to_string())?;
-        let image =
-            ImageOptions { file: FileOptions::default(), format: ImageFormat::Qcow2, any_backing: false };
+        let image = ImageOptions {
+            file: FileOptions::default(),
+            format: ImageFormat::Qcow2,
+            access: ImageAccess::default(),
+        };
         let below = ImageBackend::open(&below, &image).map_err(|error| error.to_string())?;
         for n in 0..20 {
             let zeroes = bridge::Buffer::copy_of(&[0; 5000]);
@@ -189,7 +195,7 @@ fn qcow2(
         options.backing = Some("below.qcow2".into());
     }
     create(&path, &options).map_err(|error| error.to_string())?;
-    let image = ImageOptions { file, format: ImageFormat::Qcow2, any_backing: false };
+    let image = ImageOptions { file, format: ImageFormat::Qcow2, access: ImageAccess::default() };
     let disk = ImageBackend::open(&path, &image).map_err(|error| error.to_string())?;
     Ok((Box::new(disk), Some(Box::new(folder))))
 }

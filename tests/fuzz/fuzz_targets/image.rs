@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use bridge::backend::file::FileOptions;
-use bridge::backend::image::{describe, open_any};
+use bridge::backend::image::{ImageAccess, describe, open_any};
 use bridge::{Backend, Buffer, Flags};
 use libfuzzer_sys::fuzz_target;
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
@@ -35,7 +35,7 @@ fuzz_target!(|input: &[u8]| {
     drop(file);
     let _ = describe(&PATH, None, false);
     let options = FileOptions { read_only: first & 1 == 0, lock: false, ..FileOptions::default() };
-    if let Ok(image) = open_any(&PATH, None, options, false) {
+    if let Ok(image) = open_any(&PATH, None, options, &ImageAccess::default()) {
         RUNTIME.with(|runtime| runtime.block_on(look(&*image)));
     }
     let _ = std::fs::remove_file(&*PATH);

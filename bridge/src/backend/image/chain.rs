@@ -15,6 +15,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 use super::header::{self, Header};
 use super::host::Host;
 use super::map::MAX_FILES;
+use super::memory::{ImageMemory, Tables};
 use super::places::Places;
 use super::probe::{ImageFormat, probe};
 use super::{ImageOptions, Parts};
@@ -204,7 +205,7 @@ impl<'a> Files<'a> {
 /// # Errors
 /// One line that names the file which could not be opened.
 pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, Vec<Arc<dyn Backend>>)> {
-    let layers = follow(path, options.format, options.any_backing)?;
+    let layers = follow(path, options.format, options.access.any_backing)?;
     let mut files = Files { options, open: Vec::new(), data_descriptor: None };
     // From the top down, so that the image itself is locked first; then built from the bottom up.
     let mut hosts = Vec::new();
@@ -235,6 +236,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
             }
         }
     }
+    let tables = count_tables(&layers, &hosts, &options.access.memory);
     let mut image: Option<FormatAccess<Host>> = None;
     let mut backing = None;
     for ((n, layer), (host, data)) in layers.iter().enumerate().zip(hosts).rev() {
@@ -243,6 +245,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         image = Some(built);
     }
     let Some(image) = image else { return Err(unsupported(path, "has no image in it".into())) };
+    let largest_cluster = clusters(&layers).max().unwrap_or(0);
     let cluster = if header.version == 0 { super::OTHER_CLUSTER } else { header.cluster_size() };
     let parts = Parts {
         image,
@@ -253,8 +256,26 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         version: header.version,
         backing,
         data_descriptor: files.data_descriptor,
+        largest_cluster,
+        tables,
     };
     Ok((parts, files.open))
+}
+
+/// Bytes of a cluster of each layer that has clusters.
+fn clusters(layers: &[Layer]) -> impl Iterator<Item = u64> {
+    layers.iter().filter_map(|layer| layer.header.as_ref().map(Header::cluster_size))
+}
+
+/// Has the tables counted that are cached for the layers: a lookup may load one of each.
+fn count_tables(layers: &[Layer], hosts: &[(Host, Option<Host>)], memory: &ImageMemory) -> Tables {
+    let tables = memory.image(clusters(layers).sum());
+    for (layer, (host, _)) in layers.iter().zip(hosts) {
+        if let Some(header) = &layer.header {
+            host.count_tables(header.cluster_size(), tables.clone());
+        }
+    }
+    tables
 }
 
 async fn build(
@@ -290,7 +311,7 @@ async fn build(
                 ));
             }
             let mut refusal = None;
-            let policy = Policy::new(&layer.path, files.options.any_backing)?;
+            let policy = Policy::new(&layer.path, files.options.access.any_backing)?;
             let gate = Extents { image: &layer.path, files, policy, refusal: &mut refusal };
             let built = Vmdk::<Host>::builder(host).open(gate).await;
             match (built, refusal) {

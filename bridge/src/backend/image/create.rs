@@ -9,7 +9,7 @@ use imago::{FormatCreateBuilder, FormatDriverBuilder};
 use super::chain::{beside, follow};
 use super::host::Host;
 use super::probe::{ImageFormat, probe};
-use super::{ImageBackend, ImageOptions, commit, thread};
+use super::{ImageAccess, ImageBackend, ImageOptions, commit, thread};
 use crate::backend::file::{FileBackend, FileOptions};
 use crate::{Backend, OpenError};
 
@@ -111,7 +111,8 @@ fn look_at(path: &Path, name: &Path, options: &CreateOptions) -> Result<Backing,
         FileBackend::open(&found, &file)?.geometry().size
     } else {
         follow(&found, format, options.any_backing)?;
-        let options = ImageOptions { file, format, any_backing: options.any_backing };
+        let access = ImageAccess { any_backing: options.any_backing, ..ImageAccess::default() };
+        let options = ImageOptions { file, format, access };
         ImageBackend::open(&found, &options)?.geometry().size
     };
     let name = name.to_str().ok_or_else(|| OpenError::Unsupported {

@@ -156,6 +156,7 @@ impl Engine {
         let mut at = start;
         while at < end {
             let stop = end.min(at - at % STEP + STEP);
+            self.make_room().await;
             let _lock = self.ranges.lock(at, stop, Mode::Exclusive).await;
             self.shared.map.forget(at, stop - at);
             self.zero_clusters(at, stop, space).await?;

@@ -25,12 +25,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use imago::{FormatAccess, Mapping};
-use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
+use tokio::sync::{RwLock, RwLockReadGuard, Semaphore, SemaphorePermit};
 
 use super::commit;
 use super::discard::Trims;
-use super::host::{Host, from_io};
+use super::host::{Host, drop_caches, from_io};
 use super::map::Place;
+use super::memory::Tables;
 use super::{Parts, Shared};
 use crate::backend::file::FileOptions;
 use crate::ranges::{Mode, RangeLocks};
@@ -88,6 +89,9 @@ pub(super) struct Engine {
     pub(super) in_use: RangeLocks,
     /// The length of the file with the data, as it was seen last; it never becomes shorter.
     pub(super) seen_length: Cell<u64>,
+    /// Bytes of the largest cluster of the chain.
+    largest_cluster: u64,
+    pub(super) tables: Tables,
 }
 
 impl Engine {
@@ -108,6 +112,8 @@ impl Engine {
             trims: Trims::default(),
             in_use: RangeLocks::new(parts.cluster),
             seen_length: Cell::new(0),
+            largest_cluster: parts.largest_cluster,
+            tables: parts.tables,
         })
     }
 
@@ -215,11 +221,41 @@ impl Engine {
                 }
                 Segment::Zero { .. } => buf[part].fill(0),
                 Segment::Special => {
+                    let _bytes = self.tables.memory().decompress(self.decompression_bytes()).await;
                     self.image.read(&mut buf[part], place).await.map_err(|error| from_io(&error))?;
                 }
             }
         }
         Ok(buf)
+    }
+
+    /// Bytes that the decompression of one cluster takes at most: the cluster, and what an entry of a table can name as
+    /// its input (twice the cluster), for imago and once more for the file's read.
+    fn decompression_bytes(&self) -> u64 {
+        5 * self.largest_cluster
+    }
+
+    /// Lets a job begin when the tables that it may load have room. For a job that holds no lock yet.
+    pub(super) async fn room(&self) -> Option<SemaphorePermit<'_>> {
+        let slot = self.tables.slot().await;
+        self.make_room().await;
+        slot
+    }
+
+    /// Drops imago's caches if these are full. For a caller that does not hold the gate.
+    pub(super) async fn make_room(&self) {
+        if !self.tables.are_full() {
+            return;
+        }
+        let _alone = self.gate.write().await;
+        // Another job may have done it.
+        if self.tables.are_full() {
+            self.tables.reset();
+            // A table that is in use stays, and counts again when it is full the next time.
+            if let Err(error) = drop_caches(&self.image).await {
+                tracing::debug!(%error, "some of an image's cached tables stay");
+            }
+        }
     }
 
     pub(super) fn file(&self, number: u8) -> &Arc<dyn crate::Backend> {
@@ -279,7 +315,11 @@ impl Engine {
 
     /// Commits where much is kept back.
     pub(super) async fn commit_if_much(&self) -> Result<()> {
-        if self.top.kept_bytes() > KEPT_BYTES { self.commit().await } else { Ok(()) }
+        if self.top.kept_bytes() > KEPT_BYTES.min(self.tables.memory().kept_bytes()) {
+            self.commit().await
+        } else {
+            Ok(())
+        }
     }
 
     pub(super) fn dirty(&self) -> bool {

@@ -19,6 +19,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 
 use super::header;
+use super::memory::Tables;
 use super::places::Places;
 use crate::{Backend, Buffer, Error, ErrorKind, Flags};
 
@@ -50,6 +51,8 @@ struct Inner {
     moved: AtomicBool,
     /// Where the structures are, of an image that is written.
     places: OnceLock<Mutex<Places>>,
+    /// The bytes of one of its tables, and the count of those that are cached.
+    tables: OnceLock<(u64, Tables)>,
     /// Its tables contradict each other: nothing that is kept back may go to the file.
     corrupt: AtomicBool,
     /// That something is wrong with it has been said.
@@ -81,6 +84,7 @@ impl Host {
             filling: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
             places: OnceLock::new(),
+            tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
             told: AtomicBool::new(false),
             #[cfg(test)]
@@ -176,6 +180,22 @@ impl Host {
             for number in numbers {
                 blocks.remove(&number);
             }
+        }
+    }
+
+    /// Counts the tables that imago caches from now on; one fills a `cluster`, in bytes.
+    pub(super) fn count_tables(&self, cluster: u64, tables: Tables) {
+        // There is one image in a file, which is opened once.
+        let _ = self.0.tables.set((cluster, tables));
+    }
+
+    /// Counts what looks like a table.
+    fn count_table(&self, offset: u64, len: u64) {
+        if let Some((cluster, tables)) = self.0.tables.get()
+            && len == *cluster
+            && offset.is_multiple_of(*cluster)
+        {
+            tables.note(len);
         }
     }
 
@@ -319,6 +339,7 @@ impl Storage for Host {
     // SAFETY: nothing is unsafe in here; any alignment is served.
     async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let len = usize::try_from(bufv.len()).map_err(io::Error::other)?;
+        self.count_table(offset, bufv.len());
         let buf = self.read(offset, len).await?;
         bufv.copy_from_slice(&buf);
         Ok(())
@@ -328,6 +349,7 @@ impl Storage for Host {
     async unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
         let mut bytes = vec![0; usize::try_from(bufv.len()).map_err(io::Error::other)?];
         bufv.copy_into_slice(&mut bytes);
+        self.count_table(offset, bufv.len());
         self.keep(offset, &bytes).await
     }
 
@@ -394,6 +416,15 @@ pub(super) async fn discard_to_backing(
 ) -> io::Result<()> {
     // SAFETY: as for `discard_to_zero`.
     unsafe { image.discard_to_backing_unsafe(offset, len) }.await
+}
+
+/// Has imago forget all tables that it has cached, after changed ones were kept back.
+///
+/// The caller keeps allocations away: no table changes in between.
+pub(super) async fn drop_caches(image: &imago::FormatAccess<Host>) -> io::Result<()> {
+    image.flush().await?;
+    // SAFETY: nothing that was cached differs from what is kept back or in the file, where it is read again.
+    unsafe { image.invalidate_cache() }.await
 }
 
 /// An error of ours, for imago; its errno survives.

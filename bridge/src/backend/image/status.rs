@@ -53,6 +53,7 @@ impl Engine {
             if at >= len {
                 break;
             }
+            self.make_room().await;
             if step.is_multiple_of(STEPS_IN_A_ROW) {
                 tokio::task::yield_now().await;
             }
@@ -86,6 +87,7 @@ impl Engine {
             if at >= len {
                 break;
             }
+            self.make_room().await;
             if step.is_multiple_of(STEPS_IN_A_ROW) {
                 tokio::task::yield_now().await;
             }

@@ -49,9 +49,9 @@ impl EngineThread {
     {
         let (done, result) = oneshot::channel();
         let job: Job = Box::new(move |engine| {
-            let future = job(engine);
             Box::pin(async move {
-                let _ = done.send(future.await);
+                let _room = engine.room().await;
+                let _ = done.send(job(engine.clone()).await);
             })
         });
         let sent = self.send(job);

@@ -70,6 +70,8 @@ impl Run {
             .open(DenyImplicitOpenGate::default())
             .await
             .unwrap();
+        // With no memory for them, tables are dropped and committed all the time.
+        let memory = if seed.is_multiple_of(2) { ImageMemory::default() } else { ImageMemory::new(0) };
         let parts = Parts {
             image: FormatAccess::new(image),
             options: FileOptions::default(),
@@ -79,6 +81,8 @@ impl Run {
             version: 3,
             backing: None,
             data_descriptor: None,
+            largest_cluster: cluster,
+            tables: memory.image(cluster),
         };
         let sector = Sector { stamps: vec![0], answered: 1, oldest: 0 };
         Rc::new(Run {

@@ -7,7 +7,7 @@ fn opened(format: Option<ImageFormat>) -> (tempfile::TempDir, Box<dyn Backend>) 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     std::fs::write(&path, vec![7; 8192]).unwrap();
-    let disk = open_any(&path, format, FileOptions::default(), false).unwrap();
+    let disk = open_any(&path, format, FileOptions::default(), &ImageAccess::default()).unwrap();
     (folder, disk)
 }
 
