@@ -15,6 +15,7 @@
 //! - A file system is made once, in `create`, and never because something could not be read.
 //! - Functions here block, and are called from threads that may.
 
+mod allowed;
 mod capture;
 mod clone;
 pub(crate) mod command;
@@ -42,9 +43,11 @@ mod recover;
 mod remove;
 mod resize;
 mod runtime;
+mod set;
 mod snapshot;
 mod space;
 mod status;
+mod superblock;
 
 pub(crate) use create::Created;
 pub(crate) use docker::{DaemonArgs, run as run_daemon};
@@ -58,5 +61,5 @@ pub(crate) use progress::Silent;
 pub(crate) use record::{Pending, Record};
 pub(crate) use resize::Resized;
 pub(crate) use snapshot::{Snapshot, Taken};
-pub(crate) use space::{Settings, Share, Space};
+pub(crate) use space::{Privilege, Settings, Share, Space};
 pub(crate) use status::{Health, Status};

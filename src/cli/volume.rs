@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::{UsageError, values};
 use crate::size;
-use crate::volume::{Name, Options, Origin};
+use crate::volume::{Name, Options, Origin, Privilege};
 
 /// What to do with volumes.
 #[derive(Debug)]
@@ -47,6 +47,11 @@ pub(crate) enum VolumeWish {
         name: Name,
         change: Option<String>,
     },
+    /// Mount options, from the next mount on.
+    Set {
+        name: Name,
+        options: Box<Options>,
+    },
     Check {
         name: Name,
         repair: bool,
@@ -80,6 +85,7 @@ pub(crate) struct PoolWish {
     pub(crate) reserve: Option<crate::volume::Share>,
     pub(crate) overcommit: Option<f64>,
     pub(crate) default_size: Option<u64>,
+    pub(crate) allow: Option<Vec<Privilege>>,
 }
 
 /// `nbdbridge volume`.
@@ -156,6 +162,15 @@ enum Words {
         #[arg(value_name = "KEY=VALUE")]
         limits: Vec<String>,
     },
+    /// Change the mount options of a volume, from its next mount on
+    #[command(arg_required_else_help = true)]
+    Set {
+        /// Which
+        name: Name,
+        /// The new mount options, as in -o mount-options=noatime,discard; none: -o mount-options=
+        #[arg(short, long = "option", value_name = "KEY=VALUE", required = true)]
+        option: Vec<String>,
+    },
     /// Check the file system of a volume that is not mounted
     Fsck {
         /// Which
@@ -219,8 +234,15 @@ enum Words {
         /// The size of volumes that nobody gives one
         #[arg(long, value_name = "SIZE", value_parser = parse_default_size)]
         default_size: Option<u64>,
+        /// What volumes may ask for by mount-options, which they are mounted without: suid, dev, or none of both
+        #[arg(long, value_name = "WHAT", value_parser = parse_allow)]
+        allow: Option<Allow>,
     },
 }
+
+/// The value of `--allow`.
+#[derive(Clone, Debug)]
+struct Allow(Vec<Privilege>);
 
 /// What the help of `create` says about its options.
 const OPTIONS: &str = "Options:\n  \
@@ -228,8 +250,9 @@ const OPTIONS: &str = "Options:\n  \
     fs=ext4|xfs|btrfs|none    none: its users get a block device [default: ext4]\n  \
     format=raw|qcow2          of its disk [default: raw]\n  \
     provision=thin|thick      thick reserves the space at once, and keeps it [default: thin]\n  \
-    mkfs-options=WORDS        for mkfs\n  \
-    mount-options=WORDS       as mount(8) takes them, as in noatime,discard\n  \
+    mkfs-options=WORDS        for mkfs, of a list that a refusal shows\n  \
+    mount-options=WORDS       as mount(8) takes them, as in noatime,discard; of a list too.\n                            \
+    It is mounted nosuid,nodev (see `pool --allow`), and an error makes it read-only\n  \
     uid=N, gid=N, mode=OCTAL  of the root folder\n  \
     read-only=true            nobody can change anything\n  \
     door=auto|ublk|fuse       how the kernel gets at it [default: auto, the best that this host has]\n  \
@@ -277,9 +300,11 @@ impl Words {
                 let off = limits.len() == 1 && limits[0] == "off";
                 VolumeWish::Limit { name, change: (!off).then(|| limits.join(",")) }
             }
+            Words::Set { name, option } => VolumeWish::Set { name, options: parse_options(&option)? },
             Words::Fsck { name, repair } => VolumeWish::Check { name, repair },
-            Words::Pool { make, reserve, overcommit, default_size } => {
-                VolumeWish::Pool(PoolWish { make, reserve, overcommit, default_size })
+            Words::Pool { make, reserve, overcommit, default_size, allow } => {
+                let allow = allow.map(|Allow(allow)| allow);
+                VolumeWish::Pool(PoolWish { make, reserve, overcommit, default_size, allow })
             }
         })
     }
@@ -300,6 +325,21 @@ fn parse_share(text: &str) -> Result<crate::volume::Share, String> {
         }
         None => size::parse(text).map(Share::Bytes).map_err(|error| error.to_string()),
     }
+}
+
+fn parse_allow(text: &str) -> Result<Allow, String> {
+    if text == "none" {
+        return Ok(Allow(Vec::new()));
+    }
+    let allow = text.split(',').map(|word| match word {
+        "suid" => Ok(Privilege::Suid),
+        "dev" => Ok(Privilege::Dev),
+        _ => Err("suid, dev, suid,dev or none".to_owned()),
+    });
+    let mut allow = allow.collect::<Result<Vec<_>, _>>()?;
+    allow.sort_unstable();
+    allow.dedup();
+    Ok(Allow(allow))
 }
 
 fn parse_ratio(text: &str) -> Result<f64, String> {

@@ -79,6 +79,13 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
             };
             say(json, &json!({ "name": name, "limits": limits }), || limits_text(&limits))
         }
+        VolumeWish::Set { name, options } => {
+            pool.set(name, options)?;
+            let mount = &options.mount;
+            say(json, &json!({ "name": name, "mount-options": mount }), || {
+                format!("{name}: mount-options={mount}\n")
+            })
+        }
         VolumeWish::Check { name, repair } => {
             let verdict = pool.fsck(name, *repair, &bar)?;
             let word = if verdict == Verdict::Clean { "clean" } else { "repaired" };
@@ -226,6 +233,7 @@ fn settings(pool: &Pool, wish: &PoolWish, json: bool) -> Result<String> {
     settings.reserve = wish.reserve.unwrap_or(settings.reserve);
     settings.overcommit = wish.overcommit.unwrap_or(settings.overcommit);
     settings.default_size = wish.default_size.unwrap_or(settings.default_size);
+    settings.allow = wish.allow.clone().unwrap_or(settings.allow);
     if settings != before {
         pool.change(&settings)?;
     }
@@ -236,7 +244,8 @@ fn settings(pool: &Pool, wish: &PoolWish, json: bool) -> Result<String> {
 }
 
 fn pool_text(folder: &Path, settings: &Settings, space: &super::Space) -> String {
-    let Settings { reserve, overcommit, default_size } = settings;
+    let Settings { reserve, overcommit, default_size, allow } = settings;
+    let allow = allow.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let reserve = match reserve {
         Share::Bytes(_) => size::human(space.reserve),
         Share::Percent(percent) => format!("{percent}% ({})", size::human(space.reserve)),
@@ -249,6 +258,7 @@ fn pool_text(folder: &Path, settings: &Settings, space: &super::Space) -> String
         ("overcommit:", overcommit.to_string()),
         ("promised:", format!("{} of {}", size::human(space.promised), size::human(space.promisable))),
         ("default size:", size::human(*default_size)),
+        ("allowed:", if allow.is_empty() { "neither suid nor dev".to_owned() } else { allow }),
     ];
     table(&rows.map(|(key, value)| vec![key.to_owned(), value]))
 }

@@ -74,19 +74,30 @@ impl Pool {
         }
         if options.source.is_some() {
             // Its size is known once it is attached.
+            if let Some(fs) = options.fs {
+                self.check_options(fs, options)?;
+            }
             let fs = options.fs.unwrap_or(FsKind::Ext4);
             return Ok(Record::new(options.clone(), 0, fs, None));
         }
         if let Some(original) = original {
+            self.check_options(original.fs, options)?;
             return Ok(original.plan(options));
         }
         let fs = options.fs.unwrap_or(FsKind::Ext4);
+        self.check_options(fs, options)?;
         fs.check_maker()?;
         let size = match options.size {
             Some(size) => size,
             None => self.settings()?.default_size,
         };
         Ok(Record::new(options.clone(), size, fs, Some(options.format.unwrap_or(DiskFormat::Raw))))
+    }
+
+    /// Checks what is asked of the file system against what is allowed.
+    fn check_options(&self, fs: FsKind, options: &Options) -> Result<()> {
+        self.check_mount_options(fs, &options.mount)?;
+        fs.check_mkfs_options(&options.mkfs)
     }
 
     /// Gives the name and the space away. None where somebody else has just done so.
@@ -140,7 +151,10 @@ impl Volume<'_> {
             if remote {
                 self.record.size = size.context("the remote export does not tell its size")?;
             }
-            if !self.find_on_remote(&device)? {
+            let found = self.find_on_remote(&device)?;
+            // Of a remote disk the file system is known only now.
+            self.pool.check_options(self.record.fs, &self.record.options)?;
+            if !found {
                 self.format(&device, progress)?;
             }
             self.take_down(&mut state, false)?;

@@ -17,6 +17,10 @@ const PLACES: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
 /// The package of btrfs's programs.
 const BTRFS: &str = "btrfs-progs";
 
+/// The device that e2fsck takes for a journal which is not in the file system itself, in place of one that it would look
+/// for on the host by what the superblock says.
+const NO_JOURNAL: &str = "/dev/null";
+
 /// What is found on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
@@ -70,9 +74,10 @@ impl FsKind {
     /// Makes one on a device, durably.
     ///
     /// # Errors
-    /// What the program says.
+    /// What the program says; a word that is not allowed.
     pub(super) fn make(self, device: &Path, words: &[String], keep_space: bool) -> Result<()> {
         let Some((program, package)) = self.maker() else { return Ok(()) };
+        self.check_mkfs_options(words)?;
         let quiet: &[&str] = match (self, keep_space) {
             (FsKind::Ext4, false) => &["-q", "-F"],
             (FsKind::Ext4, true) => &["-q", "-F", "-E", "nodiscard"],
@@ -97,10 +102,10 @@ impl FsKind {
     pub(super) fn check(self, device: &Path, how: Check) -> Result<Verdict> {
         let (program, package, words): (_, _, &[&str]) = match (self, how) {
             (FsKind::None, _) => return Ok(Verdict::Clean),
-            (FsKind::Ext4, Check::Preen) => ("e2fsck", "e2fsprogs", &["-p"]),
-            (FsKind::Ext4, Check::Thorough) => ("e2fsck", "e2fsprogs", &["-f", "-p"]),
-            (FsKind::Ext4, Check::Look) => ("e2fsck", "e2fsprogs", &["-f", "-n"]),
-            (FsKind::Ext4, Check::Repair) => ("e2fsck", "e2fsprogs", &["-f", "-y"]),
+            (FsKind::Ext4, Check::Preen) => ("e2fsck", "e2fsprogs", &["-j", NO_JOURNAL, "-p"]),
+            (FsKind::Ext4, Check::Thorough) => ("e2fsck", "e2fsprogs", &["-j", NO_JOURNAL, "-f", "-p"]),
+            (FsKind::Ext4, Check::Look) => ("e2fsck", "e2fsprogs", &["-j", NO_JOURNAL, "-f", "-n"]),
+            (FsKind::Ext4, Check::Repair) => ("e2fsck", "e2fsprogs", &["-j", NO_JOURNAL, "-f", "-y"]),
             // Their logs are replayed by the kernel, at the mount.
             (FsKind::Xfs | FsKind::Btrfs, Check::Preen | Check::Thorough) => return Ok(Verdict::Clean),
             (FsKind::Xfs, Check::Look) => ("xfs_repair", "xfsprogs", &["-n"]),

@@ -59,6 +59,7 @@ impl Pool {
         }
         let device = volume.attach(&mut state, volume.record.options.read_only, progress)?;
         let check = || {
+            volume.refuse_other_devices(&device)?;
             if volume.record.unclean && !volume.record.options.read_only {
                 progress.step("replaying the log");
                 // Only the kernel can; one that cannot be mounted is looked at as it is.

@@ -102,6 +102,7 @@ impl Volume<'_> {
                 self.name
             )));
         }
+        self.check_recorded_options()?;
         let read_only = self.record.options.read_only;
         if read_only && (self.record.unclean || self.record.grow_fs || self.record.shares_uuid) {
             self.clean_up(state, progress)?;
@@ -281,6 +282,7 @@ impl Volume<'_> {
     /// All that a file system needs before it is mounted: a check where it was not clean, an identity of its own, and
     /// the size of its disk; or why it does not have that yet.
     pub(super) fn prepare(&mut self, device: &Path, progress: &dyn Progress) -> Result<Option<String>> {
+        self.refuse_other_devices(device)?;
         self.check_before_mount(device, progress)?;
         self.part_from_original(device)?;
         self.grow_fs_before_mount(device, progress)

@@ -1,5 +1,7 @@
 //! How much a pool may promise: what it is set to, what there is, and whether one more volume may be.
 
+use std::fmt;
+
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +18,27 @@ pub(crate) struct Settings {
     pub(crate) overcommit: f64,
     /// The size of a volume that nobody gave one, in bytes.
     pub(crate) default_size: u64,
+    /// Rights on the host that volumes may give by their mount options.
+    pub(crate) allow: Vec<Privilege>,
+}
+
+/// A right that a mounted volume can give to whoever writes to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Privilege {
+    /// Programs in it run with the rights of their owner.
+    Suid,
+    /// Device nodes in it are devices of the host.
+    Dev,
+}
+
+impl fmt::Display for Privilege {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Privilege::Suid => "suid",
+            Privilege::Dev => "dev",
+        })
+    }
 }
 
 /// A part of something: bytes, or hundredths.
@@ -28,7 +51,7 @@ pub(crate) enum Share {
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { reserve: Share::Percent(5), overcommit: 1.0, default_size: 1 << 30 }
+        Settings { reserve: Share::Percent(5), overcommit: 1.0, default_size: 1 << 30, allow: Vec::new() }
     }
 }
 

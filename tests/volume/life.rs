@@ -110,10 +110,12 @@ fn the_root_folder_and_words_for_mkfs_and_mount() {
     let head = run("dumpe2fs", &[&"-h", &world.volume("a").join("disk.raw")]);
     assert!(head.contains("hello") && head.contains("Reserved block count:     0"), "{head}");
     // What mkfs or the kernel does not like is told when the volume is made, and nothing is left of it.
-    let refused = world.fails("create b -o size=64M -o mkfs-options=--no-such", 1);
+    let refused = world.fails("create b -o size=64M -o mkfs-options=-b1000", 1);
     assert!(refused.contains("mkfs.ext4: "), "{refused}");
-    let refused = world.fails("create b -o size=64M -o mount-options=no_such_option", 1);
-    assert!(refused.contains("mount-options=no_such_option"), "{refused}");
+    for option in ["no_such_option", "commit=999999999999"] {
+        let refused = world.fails(&format!("create b -o size=64M -o mount-options={option}"), 1);
+        assert!(refused.contains(&format!("mount-options={option}")), "{refused}");
+    }
     assert_eq!(world.names(), ["a"]);
     world.assert_idle();
 }
