@@ -18,6 +18,7 @@ pub mod extent;
 pub mod geometry;
 pub mod layer;
 pub mod partition;
+mod passes;
 pub mod random;
 mod ranges;
 pub mod request;

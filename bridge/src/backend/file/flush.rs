@@ -1,8 +1,7 @@
-//! The flush gate: fsyncs that several flushes share, and failures that are not forgotten.
+//! The flush gate: fsyncs that several flushes share ([`crate::passes`]), and failures that are not forgotten.
 //!
-//! Rules. A flush may join only a sync that had not begun when the flush arrived; one that arrives during a sync
-//! waits for the next. A failed sync latches: the kernel tells of lost pages once, so that a later sync may succeed
-//! although they are gone; every later flush and durable write answers EIO until the file is opened again.
+//! A failed sync latches: the kernel tells of lost pages once, so that a later sync may succeed although they are
+//! gone; every later flush and durable write answers EIO until the file is opened again.
 //!
 //! A sync runs as a task of its own, so that its outcome is heard even where nobody waits for it any more.
 
@@ -12,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 
 use super::{CacheMode, Disk, Kind};
+use crate::passes::{Pass, Passes};
 use crate::uring::{Call, Op};
 use crate::{Error, Result};
 
@@ -39,29 +38,22 @@ impl Disk {
     }
 }
 
-/// See the module's words.
+/// The syncs of one open file.
 pub(super) struct FlushGate {
     /// For the log.
     path: PathBuf,
-    state: Mutex<State>,
-    changed: Notify,
+    passes: Passes,
+    /// The first failure.
+    failed: Mutex<Option<Errno>>,
     no_dsync: AtomicBool,
-}
-
-#[derive(Default)]
-struct State {
-    /// Syncs that have begun, and ended. At most one is under way.
-    begun: u64,
-    ended: u64,
-    failed: Option<Errno>,
 }
 
 impl FlushGate {
     pub(super) fn new(path: &Path) -> Arc<Self> {
         Arc::new(FlushGate {
             path: path.to_owned(),
-            state: Mutex::default(),
-            changed: Notify::new(),
+            passes: Passes::default(),
+            failed: Mutex::default(),
             no_dsync: AtomicBool::new(false),
         })
     }
@@ -75,37 +67,26 @@ impl FlushGate {
     where
         F: Future<Output = std::result::Result<(), Errno>> + Send + 'static,
     {
-        let target = self.lock().begun + 1;
-        let mut sync = Some(sync);
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            let turn = self.turn(target)?;
-            match turn {
-                Turn::Done => return Ok(()),
-                Turn::Wait => changed.await,
-                Turn::Begin => {
-                    // Only one sync can begin for this flush: the one after it is past its target.
-                    let running = Running { gate: self.clone(), outcome: Err(Errno::IO) };
-                    let Some(sync) = sync.take() else { return Ok(()) };
-                    let sync = sync();
-                    let task = async move {
-                        let mut running = running;
-                        running.outcome = sync.await;
-                    };
-                    match Handle::try_current() {
-                        Ok(handle) => drop(handle.spawn(task)),
-                        Err(_) => task.await,
-                    }
-                }
-            }
+        let turn = self.passes.join().await;
+        self.check()?;
+        let Some(turn) = turn else { return Ok(()) };
+        let running = Running { gate: self.clone(), outcome: Err(Errno::IO), pass: Some(turn.begin()) };
+        let sync = sync();
+        let task = async move {
+            let mut running = running;
+            running.outcome = sync.await;
+        };
+        match Handle::try_current() {
+            // A task that was lost has latched its failure.
+            Ok(handle) => drop(handle.spawn(task).await),
+            Err(_) => task.await,
         }
+        self.check()
     }
 
     /// EIO if a failure was latched.
     pub(super) fn check(&self) -> Result<()> {
-        match self.lock().failed {
+        match *self.failed() {
             Some(errno) => Err(latched(errno)),
             None => Ok(()),
         }
@@ -113,10 +94,10 @@ impl FlushGate {
 
     /// Latches a failure.
     pub(super) fn fail(&self, errno: Errno) {
-        let mut state = self.lock();
-        if state.failed.is_none() {
+        let mut failed = self.failed();
+        if failed.is_none() {
             tracing::error!(path = %self.path.display(), %errno, "a sync failed: flushes and durable writes answer EIO from now on");
-            state.failed = Some(errno);
+            *failed = Some(errno);
         }
     }
 
@@ -130,45 +111,25 @@ impl FlushGate {
         self.no_dsync.store(true, Relaxed);
     }
 
-    fn turn(&self, target: u64) -> Result<Turn> {
-        let mut state = self.lock();
-        if let Some(errno) = state.failed {
-            return Err(latched(errno));
-        }
-        if state.ended >= target {
-            return Ok(Turn::Done);
-        }
-        if state.begun > state.ended {
-            return Ok(Turn::Wait);
-        }
-        state.begun += 1;
-        Ok(Turn::Begin)
+    fn failed(&self) -> MutexGuard<'_, Option<Errno>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-enum Turn {
-    Done,
-    Wait,
-    Begin,
 }
 
 /// A sync under way. Dropped unfinished, with its runtime, it has failed as far as anybody can tell.
 struct Running {
     gate: Arc<FlushGate>,
     outcome: std::result::Result<(), Errno>,
+    pass: Option<Pass>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if let Err(errno) = self.outcome {
-            self.gate.fail(errno);
+        match (self.outcome, self.pass.take()) {
+            (Ok(()), Some(pass)) => pass.succeed(),
+            // The failure is latched before the pass, which is still held here, lets the next flush go on.
+            (outcome, _pass) => self.gate.fail(outcome.err().unwrap_or(Errno::IO)),
         }
-        self.gate.lock().ended += 1;
-        self.gate.changed.notify_waiters();
     }
 }
 
@@ -253,7 +214,7 @@ mod tests {
             first.await.unwrap().unwrap();
             second.await.unwrap().unwrap();
             third.await.unwrap().unwrap();
-            assert_eq!(bench.gate.lock().begun, 2);
+            assert_eq!(bench.gate.passes.begun(), 2);
         });
     }
 

@@ -14,6 +14,7 @@
 //!   written when all writes to where it comes have ended.
 //! - The gate: allocations pass it together; a commit, and whatever frees clusters, passes it alone. After clusters were
 //!   freed the next allocation commits first, so that none is used again while the file still names it.
+//! - The passes: a flush runs a commit of its own, or joins one that began after the flush arrived.
 //!
 //! imago's futures hold locks across waits, and must not be dropped half-way by a client that leaves: here every one of
 //! them is a task of this thread, which polls it to its end whoever waits for it.
@@ -34,6 +35,7 @@ use super::map::Place;
 use super::memory::Tables;
 use super::{Parts, Shared};
 use crate::backend::file::FileOptions;
+use crate::passes::Passes;
 use crate::ranges::{Mode, RangeLocks};
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
 
@@ -81,6 +83,8 @@ pub(super) struct Engine {
     pub(super) backing: Option<u64>,
     pub(super) ranges: RangeLocks,
     pub(super) gate: RwLock<()>,
+    /// Commits that flushes share.
+    passes: Passes,
     pub(super) allocations: Semaphore,
     /// Clusters were freed that the file still names.
     pub(super) freed: Cell<bool>,
@@ -107,6 +111,7 @@ impl Engine {
             backing: parts.backing,
             ranges: RangeLocks::new(parts.cluster),
             gate: RwLock::default(),
+            passes: Passes::default(),
             allocations: Semaphore::new(ALLOCATIONS),
             freed: Cell::new(false),
             trims: Trims::default(),
@@ -292,13 +297,24 @@ impl Engine {
         }
     }
 
-    /// Commits the metadata, if there is any, and makes all data durable that was written before.
+    /// Makes all data durable that was written before this call, and commits the metadata. A commit that others share
+    /// counts only where it began after this call.
     pub(super) async fn commit(&self) -> Result<()> {
+        let Some(turn) = self.passes.join().await else { return Ok(()) };
         let _alone = self.gate.write().await;
-        self.commit_alone().await
+        let pass = turn.begin();
+        // Whoever passed the gate alone may have committed meanwhile; writes in place have gone on since.
+        if self.dirty() || self.has_freed() {
+            self.commit_alone().await?;
+        } else {
+            self.shared.flush_files().await?;
+        }
+        pass.succeed();
+        Ok(())
     }
 
-    /// The same for whoever has passed the gate alone.
+    /// Commits the metadata, if there is any, for whoever has passed the gate alone. It is no flush: where there is no
+    /// metadata it makes nothing durable.
     pub(super) async fn commit_alone(&self) -> Result<()> {
         if self.dirty() || self.top.kept_bytes() > 0 {
             let done = async {

@@ -1,6 +1,7 @@
 //! Tests of images on disks that lose power. `qemu-img` judges what is left.
 
 mod crash;
+mod flush;
 mod guard;
 
 use std::path::Path;

@@ -120,7 +120,7 @@ fn serve(parts: Parts, shared: Arc<Shared>, mut queue: mpsc::UnboundedReceiver<J
     runtime.block_on(async move {
         let engine = Engine::new(parts, shared);
         let mut jobs = JoinSet::new();
-        let mut tick = tokio::time::interval(COMMIT_EVERY);
+        let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + COMMIT_EVERY, COMMIT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {

@@ -8,12 +8,12 @@
 //! Entries follow from the block's number, so that writing one twice, or late, does no harm.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::blocks::Blocks;
 use super::image::Layout;
 use crate::Result;
 use crate::layer::overlay::Shared;
+use crate::passes::Passes;
 use crate::transfer::put;
 
 /// Blocks whose entries are written at once.
@@ -25,15 +25,12 @@ const INLINE_BLOCKS: usize = 1024;
 /// What a kept overlay has beside its blocks.
 pub(super) struct Map {
     pub(super) layout: Layout,
-    /// Passes that have begun.
-    begun: AtomicU64,
-    /// The number of the last pass that ended well; held during a pass.
-    done: tokio::sync::Mutex<u64>,
+    passes: Passes,
 }
 
 impl Map {
     pub(super) fn new(layout: Layout) -> Self {
-        Map { layout, begun: AtomicU64::new(0), done: tokio::sync::Mutex::new(0) }
+        Map { layout, passes: Passes::default() }
     }
 }
 
@@ -45,14 +42,10 @@ impl Shared {
         if self.read_only {
             return Ok(());
         }
-        let begun = map.begun.load(Ordering::Acquire);
-        let mut done = map.done.lock().await;
-        if *done > begun {
-            return Ok(());
-        }
-        let number = map.begun.fetch_add(1, Ordering::AcqRel) + 1;
+        let Some(turn) = map.passes.join().await else { return Ok(()) };
+        let pass = turn.begin();
         self.pass(&map.layout).await?;
-        *done = number;
+        pass.succeed();
         Ok(())
     }
 

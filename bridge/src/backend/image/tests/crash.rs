@@ -22,8 +22,8 @@ const STEPS: usize = 150;
 /// Room for the image on its disk, in bytes.
 const ROOM: usize = 4 << 20;
 
-struct Run {
-    disk: ImageBackend,
+pub(super) struct Run {
+    pub(super) disk: ImageBackend,
     top: Host,
     handle: CrashHandle,
     cluster: u64,
@@ -43,6 +43,19 @@ struct Sector {
 
 impl Run {
     async fn new(cluster: u64, seed: u64, at_once: bool) -> Rc<Self> {
+        let run = Run::with_file(cluster, seed, |disk| Arc::new(disk)).await;
+        if at_once {
+            run.top.write_at_once();
+        }
+        run
+    }
+
+    /// An image on a disk that loses power, with `file` between the two.
+    pub(super) async fn with_file(
+        cluster: u64,
+        seed: u64,
+        file: impl FnOnce(CrashBackend) -> Arc<dyn Backend>,
+    ) -> Rc<Self> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.qcow2");
         let options = CreateOptions {
@@ -57,13 +70,10 @@ impl Run {
         bytes.resize(ROOM, 0);
         let crash = CrashBackend::new(bytes, seed);
         let handle = crash.handle();
-        let file: Arc<dyn Backend> = Arc::new(crash);
+        let file = file(crash);
         let top = Host::writable(&path, 0, file.clone(), ROOM as u64);
         let header = commit::header_of(&top).await.unwrap();
         top.guard(places::Places::load(&top, &header).await.unwrap().unwrap());
-        if at_once {
-            top.write_at_once();
-        }
         let image = Qcow2::<Host>::builder(top.clone())
             .write(true)
             .backing(None)
@@ -143,6 +153,14 @@ impl Run {
         for (sector, answered) in self.sectors.borrow_mut().iter_mut().zip(answered) {
             sector.oldest = sector.oldest.max(answered - 1);
         }
+    }
+
+    /// The disk's bytes after a crash, as `qemu-img` reads them; None where it does not.
+    pub(super) fn converted(&self, seed: u64) -> Option<Vec<u8>> {
+        let (image, raw) = (self.folder.path().join("late.qcow2"), self.folder.path().join("late.raw"));
+        std::fs::write(&image, self.handle.crash(seed)).unwrap();
+        let convert = qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
+        convert.status.success().then(|| std::fs::read(&raw).unwrap())
     }
 
     /// Crashes, and says what is wrong with what is left.
