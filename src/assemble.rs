@@ -71,11 +71,12 @@ pub(crate) fn exports(
 
 fn assemble(
     export: &ExportArg,
-    args: &SourceArgs,
+    all: &SourceArgs,
     memory: &ImageMemory,
     limits: &Limits,
     made: &mut Made,
 ) -> Result<Arc<Export>> {
+    let args = &export.settings(all);
     make(&export.source, args, made)?;
     let mut stack = match &args.overlay {
         None => open(&export.source, args, memory)?,

@@ -47,7 +47,7 @@ pub(crate) use process::ProcessArgs;
 pub(crate) use source::{ExportArg, OverlayArg, Part, SourceArgs};
 pub(crate) use ublk::{DevicesArgs, RecoverArgs, UblkArgs};
 pub(crate) use values::{
-    AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, parse_source,
+    AioMode, CacheMode, DetectZeroes, DiscardMode, Format, Listen, Source, abstract_name, parse_source,
 };
 pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
 
@@ -320,7 +320,9 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 }
 
 fn command() -> clap::Command {
-    Cli::command().mut_subcommand("net", |net| net.args(qemu::hidden_args()))
+    // `NAME VERSION` is the same line behind every subcommand: scripts read its second word.
+    let command = Cli::command().mut_subcommands(|subcommand| subcommand.display_name("nbdbridge"));
+    command.mut_subcommand("net", |net| net.args(qemu::hidden_args()))
 }
 
 /// Help and version as clap prints them; its errors as one line.

@@ -10,7 +10,7 @@ use bridge::worker::Workers;
 use bridge::{Export, LocalFuture};
 
 use crate::attach::LoopDoor;
-use crate::cli::{DoorArgs, ExportArg, Listen};
+use crate::cli::{DoorArgs, ExportArg, Listen, abstract_name};
 use crate::control::Watch;
 use crate::fuse::{self, FuseDoor};
 use crate::io_flusher;
@@ -95,8 +95,8 @@ pub(crate) fn before_threads(doors: &[DoorArgs], pid_file: Option<&Path>) {
     if doors.iter().any(|door| door.ublk().is_some()) {
         let sockets = doors.iter().filter_map(DoorArgs::net).flat_map(|net| &net.listen);
         let sockets = sockets.filter_map(|listen| match listen {
-            Listen::Unix(path) => Some(path.as_path()),
-            Listen::Tcp { .. } => None,
+            Listen::Unix(path) if abstract_name(path).is_none() => Some(path.as_path()),
+            Listen::Unix(_) | Listen::Tcp { .. } => None,
         });
         let needed: Vec<_> = sockets.chain(pid_file).map(whole).collect();
         ublk::before_threads(&needed);

@@ -1,5 +1,5 @@
 //! Sizes as people type them: `4096`, `64M`, `1.5G`, `10KiB`, `0x1000`. All units are powers of 1024, as in
-//! qemu's tools, so that `K`, `KB` and `KiB` are the same.
+//! qemu's tools, so that `K`, `Ki`, `KB` and `KiB` are the same.
 
 use std::fmt;
 
@@ -65,7 +65,10 @@ fn unit_shift(unit: &str) -> Option<u32> {
     let unit = unit.to_ascii_lowercase();
     let letter = match unit.as_str() {
         "" | "b" => return Some(0),
-        _ => unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit),
+        _ => {
+            let unit = unit.strip_suffix('b').unwrap_or(&unit);
+            unit.strip_suffix('i').unwrap_or(unit)
+        }
     };
     match letter {
         "k" => Some(10),
@@ -75,6 +78,39 @@ fn unit_shift(unit: &str) -> Option<u32> {
         "p" => Some(50),
         "e" => Some(60),
         _ => None,
+    }
+}
+
+/// A size that a command gives: a number of bytes, or `+SIZE` for bytes beyond the present size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NewSize {
+    /// The size in bytes.
+    Exactly(u64),
+    /// Bytes to add.
+    More(u64),
+}
+
+impl NewSize {
+    /// Reads `64M` or `+10M`.
+    ///
+    /// # Errors
+    /// See [`SizeError`].
+    pub(crate) fn parse(text: &str) -> Result<Self, SizeError> {
+        match text.trim().strip_prefix('+') {
+            Some(more) => parse(more).map(NewSize::More),
+            None => parse(text).map(NewSize::Exactly),
+        }
+    }
+
+    /// Returns the size in bytes that follows from the present one.
+    ///
+    /// # Errors
+    /// `TooLarge` where the sum exceeds [`MAX_BYTES`].
+    pub(crate) fn after(self, present: u64) -> Result<u64, SizeError> {
+        match self {
+            NewSize::Exactly(size) => Ok(size),
+            NewSize::More(more) => limit(Some(u128::from(present) + u128::from(more))),
+        }
     }
 }
 
@@ -124,6 +160,8 @@ mod tests {
             ("1k", 1 << 10),
             ("1KB", 1 << 10),
             ("1KiB", 1 << 10),
+            ("1Ki", 1 << 10),
+            ("64mi", 64 << 20),
             ("64M", 64 << 20),
             ("1.5G", 3 << 29),
             ("0.5t", 1 << 39),
@@ -142,8 +180,8 @@ mod tests {
     #[test]
     fn texts_that_are_no_size() {
         let no_size = [
-            "", "x", "M", "-1", "+1", "1.", ".5G", "1..5G", "1.2.3", "1 G", "1GG", "1Gi", "1Kib/s", "0x",
-            "0x+1", "1e3", "٣",
+            "", "x", "M", "-1", "+1", "1.", ".5G", "1..5G", "1.2.3", "1 G", "1GG", "1i", "1iB", "1Gii",
+            "1Kib/s", "0x", "0x+1", "1e3", "٣",
         ];
         for text in no_size {
             assert_eq!(parse(text), Err(SizeError::NotASize), "{text}");
@@ -151,6 +189,16 @@ mod tests {
         for text in ["8E", "9223372036854775808", "99999999999999999999", "99999999T", "0xffffffffffffffffff"]
         {
             assert_eq!(parse(text), Err(SizeError::TooLarge), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_add_to_the_present_one() {
+        assert_eq!(NewSize::parse("64M").unwrap().after(1), Ok(64 << 20));
+        assert_eq!(NewSize::parse("+10M").unwrap().after(1 << 20), Ok(11 << 20));
+        assert_eq!(NewSize::parse(" +1").unwrap().after(MAX_BYTES), Err(SizeError::TooLarge));
+        for text in ["", "+", "++1", "-1", "+-1"] {
+            assert_eq!(NewSize::parse(text), Err(SizeError::NotASize), "{text}");
         }
     }
 

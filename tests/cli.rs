@@ -149,7 +149,7 @@ fn help_lists_everything() {
         "--throttle",
         "-v, --verbose",
         "-V, --version",
-        "--export <NAME=SOURCE>",
+        "--export <NAME=SOURCE",
         "--create",
         "--workers",
         "--max-in-flight",

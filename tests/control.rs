@@ -272,7 +272,8 @@ fn an_export_grows_under_load() {
     let here = Here::new();
     let image = here.0.path().join("disk.img");
     fs::write(&image, vec![0; 1 << 20]).unwrap();
-    let server = here.serve(&[text(&image), "--export", "gone=null:1M"]);
+    let fixed = Server::serve(&["mem:1M"]);
+    let server = here.serve(&[text(&image), "--export", &format!("gone={}", fixed.uri(""))]);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mut writer = server.client(ReplyStyle::Structured);

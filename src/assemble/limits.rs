@@ -124,8 +124,12 @@ mod tests {
     use bridge::backend::null::NullBackend;
 
     fn exports() -> Vec<ExportArg> {
-        let named =
-            |name: &str| ExportArg { name: name.into(), description: None, source: Source::Null(1 << 30) };
+        let named = |name: &str| ExportArg {
+            name: name.into(),
+            description: None,
+            source: Source::Null(1 << 30),
+            options: Default::default(),
+        };
         ["", "a", "b"].map(named).to_vec()
     }
 

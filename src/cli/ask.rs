@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::UsageError;
-use crate::size;
+use crate::size::NewSize;
 
 /// What to ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +35,8 @@ pub(crate) enum AskAction {
     Resize {
         /// Which.
         export: String,
-        /// Bytes.
-        size: u64,
+        /// Its new size.
+        size: NewSize,
         /// As JSON.
         json: bool,
     },
@@ -104,9 +104,9 @@ pub(super) struct ResizeCommand {
     #[arg(value_name = "EXPORT")]
     export: String,
 
-    /// Its new size; an export only grows
-    #[arg(value_name = "SIZE", value_parser = size::parse)]
-    size: u64,
+    /// Its new size, or +SIZE for so much more; an export only grows
+    #[arg(value_name = "SIZE", value_parser = NewSize::parse)]
+    size: NewSize,
 
     /// Print JSON
     #[arg(long)]

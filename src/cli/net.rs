@@ -12,7 +12,7 @@ use nbd_proto::DEFAULT_PORT;
 use super::also::Writers;
 use super::fuse::AlsoFuse;
 use super::process::ProcessFlags;
-use super::source::{ExportArg, SourceFlags};
+use super::source::{ExportArg, ExportOptions, SourceFlags};
 use super::values::{self, Host, Listen, Source};
 use super::{DoorArgs, ServeArgs, UsageError};
 use crate::net::Settings;
@@ -68,9 +68,12 @@ pub(super) struct NetCommand {
     source: Option<Source>,
 
     /// Serve SOURCE under NAME too; repeat it to serve many
-    #[arg(long, value_name = "NAME=SOURCE",
+    ///
+    /// Settings of this export alone may follow: read-only, snapshot, format=FORMAT, as in
+    /// golden=golden.qcow2,format=qcow2,snapshot. --read-only, --snapshot and --format are for all exports.
+    #[arg(long, value_name = "NAME=SOURCE[,SETTING]...",
           value_parser = OsStringValueParser::new().try_map(values::parse_export))]
-    export: Vec<(String, Source)>,
+    export: Vec<ExportArg>,
 
     #[command(flatten)]
     net: NetFlags,
@@ -97,9 +100,7 @@ impl NetCommand {
             return Err(UsageError::new(message));
         }
         let first = self.source.map(|source| net.name(source));
-        let more = self.export.into_iter();
-        let more = more.map(|(name, source)| ExportArg { name, description: None, source });
-        let exports: Vec<ExportArg> = first.into_iter().chain(more).collect();
+        let exports: Vec<ExportArg> = first.into_iter().chain(self.export).collect();
         if exports.is_empty() {
             let message =
                 "nothing to serve; give the path of an image, mem:SIZE, or --export NAME=SOURCE (try --help)";
@@ -127,14 +128,16 @@ impl NetCommand {
 #[command(next_help_heading = "Connections")]
 pub(super) struct NetFlags {
     /// Address to listen on; 0.0.0.0 for every IPv4 address, :: for every address [default: 127.0.0.1]
+    ///
+    /// Repeat it to listen on several. A link-local IPv6 address needs its interface, as in fe80::1%eth0.
     #[arg(short, long, value_name = "ADDR", value_parser = values::parse_host)]
-    bind: Option<Host>,
+    bind: Vec<Host>,
 
     /// TCP port to listen on; 0 for any free one [default: 10809]
     #[arg(short, long, value_name = "PORT")]
     port: Option<u16>,
 
-    /// Unix socket to listen on; TCP as well only where --bind or --port is given
+    /// Unix socket to listen on (@NAME for an abstract one); TCP as well only where --bind or --port is given
     #[arg(short = 'k', long, value_name = "PATH",
           value_parser = OsStringValueParser::new().try_map(values::parse_socket))]
     socket: Option<PathBuf>,
@@ -184,16 +187,19 @@ impl NetFlags {
     /// The export that `source` is, under the name that the flags give it.
     pub(super) fn name(&self, source: Source) -> ExportArg {
         let name = self.export_name.clone().unwrap_or_default();
-        ExportArg { name, description: self.description.clone(), source }
+        let options = ExportOptions::default();
+        ExportArg { name, description: self.description.clone(), source, options }
     }
 
     /// The typed values.
     pub(super) fn into_args(self) -> NetArgs {
         let unix = self.socket.map(Listen::Unix);
-        let tcp = (self.bind.is_some() || self.port.is_some()).then(|| Listen::Tcp {
-            host: self.bind.unwrap_or_else(default_host),
-            port: self.port.unwrap_or(DEFAULT_PORT),
-        });
+        let mut hosts = self.bind;
+        if hosts.is_empty() && self.port.is_some() {
+            hosts.push(default_host());
+        }
+        let port = self.port.unwrap_or(DEFAULT_PORT);
+        let tcp = hosts.into_iter().map(|host| Listen::Tcp { host, port });
         NetArgs {
             listen: unix.into_iter().chain(tcp).collect(),
             shared: NonZeroU32::new(self.shared),

@@ -74,6 +74,33 @@ pub(crate) struct ExportArg {
     pub(crate) description: Option<String>,
     /// Where the blocks come from.
     pub(crate) source: Source,
+    /// Settings of this export, beside those of all exports.
+    pub(crate) options: ExportOptions,
+}
+
+/// Settings of one export of several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ExportOptions {
+    /// No client may change it.
+    pub(crate) read_only: bool,
+    /// Changes go to a temporary overlay.
+    pub(crate) snapshot: bool,
+    /// The image's format; None for that of all exports.
+    pub(crate) format: Option<Format>,
+}
+
+impl ExportArg {
+    /// Returns how the source of this export is opened: the settings of all exports with its own.
+    pub(crate) fn settings(&self, all: &SourceArgs) -> SourceArgs {
+        let own = self.options;
+        let mut settings = all.clone();
+        settings.read_only |= own.read_only;
+        settings.format = own.format.or(all.format);
+        if own.snapshot {
+            settings.overlay = Some(OverlayArg::Temporary);
+        }
+        settings
+    }
 }
 
 /// The flags as clap reads them.
@@ -167,6 +194,14 @@ impl SourceFlags {
         let on_disk = |export: &ExportArg| matches!(export.source, Source::Path(_));
         if self.create.is_some() && !exports.iter().any(on_disk) {
             return Err(UsageError::new("--create makes an image at a path, and no path was given"));
+        }
+        let snapshots = || exports.iter().filter(|export| export.options.snapshot);
+        if let (Some(twice), true) = (snapshots().next(), self.read_only || self.create.is_some()) {
+            let flag = if self.read_only { "--read-only" } else { "--create" };
+            return Err(UsageError::new(format!(
+                "export `{}`: snapshot takes no {flag}; give {flag} up, or the export's snapshot",
+                twice.name
+            )));
         }
         if let (Some(_), [_, _, ..]) = (&self.overlay, exports) {
             let message = "--overlay FILE belongs to one image; serve one, or use --snapshot";

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::values::{self, AioMode, CacheMode, DetectZeroes, DiscardMode, Host, Listen, Source};
 use super::*;
+use crate::size::NewSize;
 
 fn serve(line: &str) -> ServeArgs {
     match words(line.split_whitespace().map(OsString::from)) {
@@ -48,7 +49,12 @@ fn one_word_is_enough() {
     let (args, net) = (serve("disk.img"), net("disk.img"));
     assert_eq!(
         args.exports,
-        [ExportArg { name: String::new(), description: None, source: path("disk.img") }]
+        [ExportArg {
+            name: String::new(),
+            description: None,
+            source: path("disk.img"),
+            options: Default::default()
+        }]
     );
     assert!(net.listen.is_empty());
     assert_eq!(net.listen_or_default(), [local(10809)]);
@@ -133,10 +139,32 @@ fn where_to_listen() {
     assert_eq!(net("x -p 1").listen, [local(1)]);
     assert_eq!(net("x -b localhost").listen, [tcp("localhost", 10809)]);
     assert_eq!(net("x -b [::]").listen_or_default()[0].to_string(), "[::]:10809");
+    assert_eq!(net("x -b localhost -b h -p 1").listen, [tcp("localhost", 1), tcp("h", 1)]);
+    for text in ["fe80::1%eth0", "[fe80::1%eth0]"] {
+        let scoped = net(&format!("x -b {text}")).listen;
+        assert_eq!(
+            (&scoped[..], scoped[0].to_string()),
+            (&[tcp("fe80::1%eth0", 10809)][..], "[fe80::1%eth0]:10809".to_owned())
+        );
+    }
+    let named = net("x -k @disk").listen;
+    assert_eq!(
+        (&named[..], named[0].to_string()),
+        (&[Listen::Unix("\0disk".into())][..], "@disk".to_owned())
+    );
     assert!(
         Host::Name("localhost".into()).resolve(7).unwrap().iter().all(|address| address.ip().is_loopback())
     );
-    for line in ["x -b 1.2.3.4:5", "x -b *", "x -b a/b", "x -p 65536", "x -p http"] {
+    for line in [
+        "x -b 1.2.3.4:5",
+        "x -b *",
+        "x -b a/b",
+        "x -b fe80::1%",
+        "x -b h%eth0",
+        "x -k @",
+        "x -p 65536",
+        "x -p http",
+    ] {
         refused(line);
     }
     refused(&format!("x -k {}", "a".repeat(108)));
@@ -148,12 +176,29 @@ fn what_to_serve() {
     let shown: Vec<_> = args.exports.iter().map(|e| (e.name.as_str(), e.source.clone())).collect();
     assert_eq!(shown, [("a", path("one.img")), ("b", Source::Memory(1024)), ("c", path("=d=e"))]);
     assert_eq!(args.source.create, Some(1 << 20));
+    let args = serve(
+        "--export a=x,y,read-only --export b=mem:1M,snapshot --export c=i,format=qcow2,snapshot -f raw",
+    );
+    let own: Vec<_> = args.exports.iter().map(|export| export.settings(&args.source)).collect();
+    let own: Vec<_> = own.iter().map(|s| (s.read_only, s.overlay.is_some(), s.format)).collect();
+    assert_eq!(
+        own,
+        [
+            (true, false, Some(Format::Raw)),
+            (false, true, Some(Format::Raw)),
+            (false, true, Some(Format::Qcow2))
+        ]
+    );
+    assert_eq!((args.exports[0].source.clone(), args.exports[2].source.clone()), (path("x,y"), path("i")));
     let args = serve("first.img -x one --export =second.img");
     assert_eq!((args.exports[0].name.as_str(), args.exports[1].name.as_str()), ("one", ""));
     for line in [
         "",
         "-x name --export a=b",
         "x --export =y",
+        "--export a=x,read-only,snapshot",
+        "--export a=x,format=odd",
+        "-r --export a=x,snapshot",
         "--export a=b --export a=c",
         "mem:1M --create 1M",
         "x -t --once",
@@ -173,6 +218,11 @@ fn sources() {
     let parse = |text: &str| values::parse_source(text.into());
     assert_eq!(parse("mem:1M"), Ok(Source::Memory(1 << 20)));
     assert_eq!(parse("null:7E"), Ok(Source::Null(7 << 60)));
+    assert_eq!(parse("null-co://"), Ok(Source::Null(1 << 30)));
+    assert_eq!(parse("null-co://,size=64Mi"), Ok(Source::Null(64 << 20)));
+    assert_eq!(parse("null-aio://1T"), Ok(Source::Null(1 << 40)));
+    assert_eq!(parse("nbd:h:1:exportname=e").unwrap().to_string(), "nbd://h:1/e");
+    assert_eq!(parse("nbd:unix:s").unwrap().to_string(), "nbd+unix:///?socket=s");
     assert_eq!(parse("file:mem:1"), Ok(path("mem:1")));
     assert_eq!(parse("./mem:x"), Ok(path("./mem:x")));
     assert_eq!(parse("file:///srv/disk.img"), Ok(path("///srv/disk.img")));
@@ -266,8 +316,10 @@ fn what_running_servers_are_asked() {
         *group = Some("g".to_owned());
     }
     assert_eq!(ask("throttle a group=g off"), of_group);
-    let resize = AskAction::Resize { export: "1:".into(), size: 3 << 20, json: true };
+    let resize = AskAction::Resize { export: "1:".into(), size: NewSize::Exactly(3 << 20), json: true };
     assert_eq!(ask("resize 1: 3M --json"), Some(resize));
+    let more = AskAction::Resize { export: "1:".into(), size: NewSize::More(10 << 20), json: false };
+    assert_eq!(ask("resize 1: +10Mi"), Some(more));
     for line in [
         "ps x",
         "stats a b",

@@ -3,15 +3,16 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::ValueEnum;
 use nbd_proto::uri::Uri;
 
 use super::remote::{RemoteSource, parse_remote};
+use super::source::{ExportArg, ExportOptions};
 use crate::size;
 
 /// Longest path of a Unix socket: `sun_path` less its closing zero.
@@ -30,7 +31,7 @@ pub(crate) enum Source {
     Path(PathBuf),
     /// `mem:SIZE`: a disk of so many bytes in memory.
     Memory(u64),
-    /// `null:SIZE`: reads zeroes, forgets writes.
+    /// `null:SIZE`, or `null-co://`: reads zeroes, forgets writes.
     Null(u64),
     /// `nbd://...`, `nbd+unix://...`: another server's export.
     Remote(RemoteSource),
@@ -68,6 +69,9 @@ pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     if let Some(size) = sized("null:") {
         return size::parse(size).map(Source::Null).map_err(|error| error.to_string());
     }
+    if let Some(rest) = sized("null-co://").or_else(|| sized("null-aio://")) {
+        return parse_null(rest).map(Source::Null);
+    }
     if let Some(uri) = text.to_str().filter(|text| Uri::is_meant(text)) {
         return parse_remote(uri).map(Source::Remote);
     }
@@ -92,15 +96,44 @@ pub(crate) fn parse_source(text: OsString) -> Result<Source, String> {
     Ok(Source::Path(PathBuf::from(OsStr::from_bytes(path))))
 }
 
-/// Reads `NAME=SOURCE`; the name ends at the first `=`.
-pub(super) fn parse_export(text: OsString) -> Result<(String, Source), String> {
+/// Reads what follows `null-co://`, QEMU's name for a disk of nothing: no size, `SIZE`, or `,size=SIZE`.
+fn parse_null(rest: &str) -> Result<u64, String> {
+    match rest.strip_prefix(",size=").unwrap_or(rest) {
+        // QEMU's default.
+        "" => Ok(1 << 30),
+        size => size::parse(size).map_err(|error| error.to_string()),
+    }
+}
+
+/// Reads `NAME=SOURCE[,SETTING]...`; the name ends at the first `=`. A comma that no setting follows is part of SOURCE.
+pub(super) fn parse_export(text: OsString) -> Result<ExportArg, String> {
     let bytes = text.into_vec();
     let Some(end) = bytes.iter().position(|b| *b == b'=') else {
         return Err("write NAME=SOURCE, as in --export disk1=disk1.img".into());
     };
     let name = String::from_utf8(bytes[..end].to_vec()).map_err(|_| "the name must be UTF-8".to_owned())?;
-    let source = parse_source(OsString::from_vec(bytes[end + 1..].to_vec()))?;
-    Ok((parse_string(&name)?, source))
+    let mut source = &bytes[end + 1..];
+    let mut options = ExportOptions::default();
+    while let Some(comma) = source.iter().rposition(|b| *b == b',')
+        && let Some(setting) = std::str::from_utf8(&source[comma + 1..]).ok().filter(|text| is_setting(text))
+    {
+        match setting.strip_prefix("format=") {
+            Some(format) => options.format = Some(parse_format(format)?),
+            None if setting == "snapshot" => options.snapshot = true,
+            None => options.read_only = true,
+        }
+        source = &source[..comma];
+    }
+    if options.read_only && options.snapshot {
+        return Err("read-only and snapshot exclude each other".into());
+    }
+    let source = parse_source(OsString::from_vec(source.to_vec()))?;
+    Ok(ExportArg { name: parse_string(&name)?, description: None, source, options })
+}
+
+/// Whether a word behind a comma is a setting of an export.
+fn is_setting(word: &str) -> bool {
+    word == "read-only" || word == "snapshot" || word.starts_with("format=")
 }
 
 /// Reads an export's name or description, within NBD's limits.
@@ -121,7 +154,7 @@ pub(crate) enum Listen {
         /// The port.
         port: u16,
     },
-    /// A Unix socket.
+    /// A Unix socket. One of the abstract namespace begins with a NUL.
     Unix(PathBuf),
 }
 
@@ -129,10 +162,21 @@ impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Listen::Tcp { host: Host::Address(address), port } => SocketAddr::new(*address, *port).fmt(f),
+            Listen::Tcp { host: Host::Name(name), port } if name.contains(':') => {
+                write!(f, "[{name}]:{port}")
+            }
             Listen::Tcp { host: Host::Name(name), port } => write!(f, "{name}:{port}"),
-            Listen::Unix(path) => path.display().fmt(f),
+            Listen::Unix(path) => match abstract_name(path) {
+                Some(name) => write!(f, "@{}", OsStr::from_bytes(name).display()),
+                None => path.display().fmt(f),
+            },
         }
     }
+}
+
+/// Returns the name of a Unix socket in the abstract namespace (unix(7)), without the NUL before it.
+pub(crate) fn abstract_name(path: &Path) -> Option<&[u8]> {
+    path.as_os_str().as_bytes().strip_prefix(&[0])
 }
 
 /// A host to listen on: an address, or a name that has to be looked up.
@@ -140,7 +184,7 @@ impl fmt::Display for Listen {
 pub(crate) enum Host {
     /// A numeric address.
     Address(IpAddr),
-    /// A name, as in `localhost`.
+    /// A name, as in `localhost`, or an IPv6 address with its interface, as in `fe80::1%eth0`.
     Name(String),
 }
 
@@ -163,6 +207,15 @@ pub(super) fn parse_host(text: &str) -> Result<Host, String> {
     if let Ok(address) = bare.parse() {
         return Ok(Host::Address(address));
     }
+    // The resolver knows the numbers of interfaces.
+    if let Some((address, zone)) = bare.split_once('%')
+        && address.parse::<Ipv6Addr>().is_ok()
+    {
+        return match zone {
+            "" => Err("the interface is missing after %, as in fe80::1%eth0".into()),
+            _ => Ok(Host::Name(bare.to_owned())),
+        };
+    }
     if text == "*" {
         return Err("write 0.0.0.0 for every IPv4 address, or :: for every address".into());
     }
@@ -173,12 +226,18 @@ pub(super) fn parse_host(text: &str) -> Result<Host, String> {
     Ok(Host::Name(text.to_owned()))
 }
 
-/// Reads the path of a Unix socket.
+/// Reads the path of a Unix socket; `@NAME` is one of the abstract namespace, as systemd and ss(8) write it.
 pub(super) fn parse_socket(text: OsString) -> Result<PathBuf, String> {
     match text.len() {
+        1 if text == "@" => Err("an abstract socket needs a name, as in @disk".into()),
         0 => Err("an empty path".into()),
         len if len > MAX_SOCKET_PATH => {
             Err(format!("{len} bytes are too long for a socket's path (at most {MAX_SOCKET_PATH})"))
+        }
+        _ if text.as_bytes()[0] == b'@' => {
+            let mut name = text.into_vec();
+            name[0] = 0;
+            Ok(PathBuf::from(OsString::from_vec(name)))
         }
         _ => Ok(PathBuf::from(text)),
     }

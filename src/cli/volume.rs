@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::{UsageError, values};
-use crate::size;
+use crate::size::{self, NewSize};
 use crate::volume::{Name, Options, Origin, Privilege};
 
 /// What to do with volumes.
@@ -58,8 +58,7 @@ pub(crate) enum VolumeWish {
     },
     Resize {
         name: Name,
-        /// In bytes.
-        size: u64,
+        size: NewSize,
     },
     /// The snapshots of a volume.
     Snapshots {
@@ -187,9 +186,9 @@ enum Words {
     Resize {
         /// Which
         name: Name,
-        /// Its new size; K, M, G and T are powers of 1024
-        #[arg(value_parser = size::parse)]
-        size: u64,
+        /// Its new size, or +SIZE for so much more; K, M, G and T are powers of 1024
+        #[arg(value_parser = NewSize::parse)]
+        size: NewSize,
     },
     /// Take a snapshot of a volume, also while it is used; without SNAPSHOT, list them
     #[command(

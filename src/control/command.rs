@@ -15,8 +15,8 @@ use super::find::{self, Server, Servers, Target};
 use super::wire::{
     ClientReport, ExportStats, LAST_BOUND_US, Limits, OperationCount, ResizeWish, Resized, Throttle,
 };
-use crate::cli::{AskAction, LimitsWish};
-use crate::size;
+use crate::cli::{AskAction, LimitsWish, UsageError};
+use crate::size::{self, NewSize};
 
 /// Does it.
 ///
@@ -183,7 +183,8 @@ fn limits_text(throttle: &Throttle) -> String {
     own + &shared.collect::<String>()
 }
 
-async fn resize(target: Target<'_>, size: u64, json: bool) -> Result<()> {
+async fn resize(target: Target<'_>, size: NewSize, json: bool) -> Result<()> {
+    let size = size.after(target.export.size).map_err(|error| UsageError::new(error.to_string()))?;
     let (socket, path) = (&target.server.socket, path("resize", &target.export.name));
     let answer = client::send(socket, Method::POST, &path, &ResizeWish { size }).await;
     let resized: Resized = answer.map_err(|error| explain(target.server, error))?;

@@ -13,7 +13,7 @@ use nbd_proto::uri::Uri;
 
 use super::listener::{Listener, Local, bind};
 use super::server::{Server, Settings};
-use crate::cli::{NetArgs, ProcessArgs};
+use crate::cli::{NetArgs, ProcessArgs, abstract_name};
 use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
 
@@ -61,6 +61,7 @@ impl NetDoor {
                 let name = export.name();
                 let at = match listener.local() {
                     Local::Tcp(address) => Uri::tcp(address, name).to_string(),
+                    Local::Unix(path) if abstract_name(&path).is_some() => Uri::unix(&path, name).to_string(),
                     Local::Unix(path) => Uri::unix(&absolute(&path).unwrap_or(path), name).to_string(),
                     Local::Unnamed => continue,
                 };

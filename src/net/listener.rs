@@ -1,8 +1,11 @@
 //! Listening sockets: made from an address, a path, or handed over by systemd; and the loop that accepts.
 
+use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +14,7 @@ use rustix::net::sockopt;
 use tokio::net::{TcpListener, UnixListener};
 
 use super::server::Server;
-use crate::cli::Listen;
+use crate::cli::{Listen, abstract_name};
 use crate::systemd::{Family, PassedSocket};
 
 /// After an accept that failed for want of descriptors or memory, so long until the next.
@@ -92,6 +95,17 @@ fn bind_tcp(address: SocketAddr) -> anyhow::Result<Listener> {
 }
 
 fn bind_unix(path: &Path) -> anyhow::Result<Listener> {
+    if let Some(name) = abstract_name(path) {
+        return bind_abstract(name).map_err(|error| {
+            let shown = Listen::Unix(path.to_owned());
+            match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    anyhow::anyhow!("{shown}: another server listens there; choose another --socket")
+                }
+                _ => anyhow::anyhow!("{shown}: cannot listen there: {error}"),
+            }
+        });
+    }
     let shown = path.display();
     match std::os::unix::net::UnixListener::bind(path) {
         Ok(listener) => own_unix(listener, path),
@@ -121,6 +135,14 @@ fn bind_unix(path: &Path) -> anyhow::Result<Listener> {
     }
 }
 
+/// Listens on a name of the abstract namespace, which is gone with the socket.
+fn bind_abstract(name: &[u8]) -> io::Result<Listener> {
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+    let listener = std::os::unix::net::UnixListener::bind_addr(&address)?;
+    listener.set_nonblocking(true)?;
+    Ok(Listener::Unix { listener: UnixListener::from_std(listener)?, _path: None })
+}
+
 fn own_unix(listener: std::os::unix::net::UnixListener, path: &Path) -> anyhow::Result<Listener> {
     let made = SocketPath(path.to_owned());
     listener.set_nonblocking(true)?;
@@ -142,15 +164,14 @@ impl Listener {
         })
     }
 
-    /// The TCP address it listens on, or the Unix path (None for one without a path).
+    /// The TCP address or Unix socket it listens on.
     pub(crate) fn local(&self) -> Local {
         match self {
             Listener::Tcp(listener) => listener.local_addr().map_or(Local::Unnamed, Local::Tcp),
-            Listener::Unix { listener, .. } => listener
-                .local_addr()
-                .ok()
-                .and_then(|address| address.as_pathname().map(Path::to_owned))
-                .map_or(Local::Unnamed, Local::Unix),
+            Listener::Unix { listener, .. } => {
+                let address = listener.local_addr().ok().map(std::os::unix::net::SocketAddr::from);
+                address.and_then(|address| socket_path(&address)).map_or(Local::Unnamed, Local::Unix)
+            }
         }
     }
 
@@ -194,12 +215,18 @@ impl Listener {
     }
 }
 
+/// Returns the path of a Unix socket; one of the abstract namespace begins with a NUL.
+fn socket_path(address: &std::os::unix::net::SocketAddr) -> Option<PathBuf> {
+    let of_name = |name: &[u8]| PathBuf::from(OsString::from_vec([&[0], name].concat()));
+    address.as_pathname().map(Path::to_owned).or_else(|| address.as_abstract_name().map(of_name))
+}
+
 /// Where a listener is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Local {
     /// An address and a port.
     Tcp(SocketAddr),
-    /// A path.
+    /// A path; one of the abstract namespace begins with a NUL.
     Unix(PathBuf),
     /// Nowhere that could be told.
     Unnamed,

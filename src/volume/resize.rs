@@ -20,7 +20,7 @@ use super::capture::flush;
 use super::options::DiskFormat;
 use super::plane::{Life, Plane};
 use super::{Error, FsKind, Name, Pending, Pool, Progress, Provision, Result, Volume, disk, private};
-use crate::size::human;
+use crate::size::{NewSize, human};
 
 /// A device follows its image within this time.
 const FOLLOWS: Duration = Duration::from_secs(10);
@@ -41,14 +41,15 @@ impl Pool {
     ///
     /// # Errors
     /// One line: a smaller size, more than the pool may promise, no space.
-    pub(crate) fn resize(&self, name: &Name, size: u64, progress: &dyn Progress) -> Result<Resized> {
+    pub(crate) fn resize(&self, name: &Name, size: NewSize, progress: &dyn Progress) -> Result<Resized> {
         self.volume(name)?.resize(size, progress)
     }
 }
 
 impl Volume<'_> {
-    fn resize(&mut self, size: u64, progress: &dyn Progress) -> Result<Resized> {
+    fn resize(&mut self, size: NewSize, progress: &dyn Progress) -> Result<Resized> {
         let old_size = self.record.size;
+        let size = size.after(old_size).map_err(|error| Error::Usage(error.to_string()))?;
         let format = self.own_format()?;
         let refuse = |why: String| Err(Error::Refused(format!("volume `{}`: {why}", self.name)));
         if self.record.options.read_only {

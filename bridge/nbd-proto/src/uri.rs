@@ -1,6 +1,7 @@
 //! The address of an export, as NBD's URI specification writes it (NetworkBlockDevice/nbd, `doc/uri.md`):
 //! `nbd://HOST[:PORT]/NAME` and `nbd+unix:///NAME?socket=PATH`. Read and written here; resolving a host and
-//! connecting are for others.
+//! connecting are for others. QEMU's older spelling is read, too: `nbd:HOST:PORT[:exportname=NAME]` and
+//! `nbd:unix:PATH[:exportname=NAME]`.
 
 use std::ffi::OsString;
 use std::fmt::{self, Write};
@@ -11,6 +12,9 @@ use std::str::FromStr;
 
 use crate::consts::DEFAULT_PORT;
 use crate::wire::parse_string;
+
+/// Scheme of QEMU's older spelling.
+const LEGACY: &str = "nbd:";
 
 /// The address of an export.
 ///
@@ -58,6 +62,11 @@ pub enum UriError {
     /// The authority cannot be read.
     #[error("{0:?} is not HOST or HOST:PORT (an IPv6 address stands in brackets)")]
     Authority(String),
+    /// `nbd:` and no port behind the host.
+    #[error(
+        "nbd:{0} has no port; write nbd:HOST:PORT, nbd:unix:PATH or nbd://HOST/NAME (a file is ./nbd:{0})"
+    )]
+    Legacy(String),
     /// A host where a Unix socket was meant.
     #[error(
         "nbd+unix:// takes no host (three slashes, then the export's name): the path goes into ?socket=PATH"
@@ -101,12 +110,18 @@ impl Uri {
         Self { address: Address::Unix(socket.to_owned()), export: export.to_owned() }
     }
 
-    /// Whether `text` means to be an address of this kind, well-formed or not: what has the scheme of one.
+    /// Whether `text` means to be an address of this kind, well-formed or not: it has the scheme of one. `nbd:NAME`
+    /// without another colon is the name of a file.
     pub fn is_meant(text: &str) -> bool {
-        text.split_once("://").is_some_and(|(scheme, _)| {
-            let scheme = scheme.to_ascii_lowercase();
-            scheme == "nbd" || scheme == "nbds" || scheme.starts_with("nbd+") || scheme.starts_with("nbds+")
-        })
+        let legacy = text.strip_prefix(LEGACY).is_some_and(|rest| rest.contains(':'));
+        legacy
+            || text.split_once("://").is_some_and(|(scheme, _)| {
+                let scheme = scheme.to_ascii_lowercase();
+                scheme == "nbd"
+                    || scheme == "nbds"
+                    || scheme.starts_with("nbd+")
+                    || scheme.starts_with("nbds+")
+            })
     }
 }
 
@@ -114,6 +129,9 @@ impl FromStr for Uri {
     type Err = UriError;
 
     fn from_str(text: &str) -> Result<Self, UriError> {
+        if let Some(rest) = text.strip_prefix(LEGACY).filter(|rest| !rest.starts_with("//")) {
+            return legacy(rest);
+        }
         let (scheme, rest) = text.split_once("://").ok_or(UriError::Scheme)?;
         let scheme = scheme.to_ascii_lowercase();
         let unix = match scheme.as_str() {
@@ -140,6 +158,32 @@ impl FromStr for Uri {
     }
 }
 
+/// Reads what follows `nbd:` in QEMU's older spelling. Nothing in it is escaped.
+fn legacy(text: &str) -> Result<Uri, UriError> {
+    let (place, export) = text.split_once(":exportname=").unwrap_or((text, ""));
+    let export = parse_string(export.as_bytes()).ok_or(UriError::Name)?.to_owned();
+    let address = match place.strip_prefix("unix:") {
+        Some(path) => Address::Unix(socket_path(path.as_bytes().to_vec())?),
+        None => {
+            // QEMU wants the port; a host alone looks like the name of a file.
+            let port = place.rsplit_once(':').map_or("", |(_, port)| port);
+            if port.is_empty() || port.contains(']') {
+                return Err(UriError::Legacy(place.to_owned()));
+            }
+            tcp_address(place)?
+        }
+    };
+    Ok(Uri { address, export })
+}
+
+/// The path of a socket. A NUL at its start is the abstract namespace.
+fn socket_path(path: Vec<u8>) -> Result<PathBuf, UriError> {
+    if path.is_empty() || path[1..].contains(&0) || path == [0] {
+        return Err(UriError::BadSocket);
+    }
+    Ok(PathBuf::from(OsString::from_vec(path)))
+}
+
 /// The path of a Unix socket, if there is one; it is the only parameter.
 fn socket_parameter(query: &str, unix: bool) -> Result<Option<PathBuf>, UriError> {
     let mut socket = None;
@@ -148,12 +192,12 @@ fn socket_parameter(query: &str, unix: bool) -> Result<Option<PathBuf>, UriError
         let key = String::from_utf8_lossy(&decode(key)?).into_owned();
         match key.as_str() {
             "socket" if unix => {
-                let path = decode(value)?;
-                // A NUL at the start is the abstract namespace.
-                if path.is_empty() || path[1..].contains(&0) || path == [0] {
-                    return Err(UriError::BadSocket);
+                let mut path = decode(value)?;
+                // As people write the abstract namespace; a path that begins so has %40, or ./ before it.
+                if value.starts_with('@') {
+                    path[0] = 0;
                 }
-                if socket.replace(PathBuf::from(OsString::from_vec(path))).is_some() {
+                if socket.replace(socket_path(path)?).is_some() {
                     return Err(UriError::Twice(key));
                 }
             }
@@ -185,7 +229,16 @@ fn tcp_address(authority: &str) -> Result<Address, UriError> {
         return Err(bad());
     }
     let port = if port.is_empty() { DEFAULT_PORT } else { port.parse().map_err(|_| bad())? };
-    let host = String::from_utf8(decode(host)?).map_err(|_| bad())?;
+    let host = match host.split_once('%') {
+        // RFC 6874 escapes the percent sign before a zone; people write it as ip(8) shows it.
+        Some((address, zone)) if address.contains(':') => {
+            let zone = zone.strip_prefix("25").filter(|zone| !zone.is_empty()).unwrap_or(zone);
+            let zone = decode(zone)?;
+            [address.as_bytes(), b"%", &zone].concat()
+        }
+        _ => decode(host)?,
+    };
+    let host = String::from_utf8(host).map_err(|_| bad())?;
     if port == 0 || host.contains(['\0', '[', ']', '@', '/']) {
         return Err(bad());
     }

@@ -25,17 +25,19 @@ pub(crate) fn number(key: &str, value: &str) -> Result<u64, SettingError> {
     value.parse().map_err(|_| SettingError::new(format!("{key}: `{value}` is no whole number")))
 }
 
-/// A number of bytes: digits, and K, M, G or T for a power of 1024.
+/// A number of bytes: digits, and K, M, G or T (also as Ki, KB and KiB) for a power of 1024.
 pub(crate) fn bytes(key: &str, value: &str) -> Result<u64, SettingError> {
-    let shift = match value.bytes().last().map(|byte| byte.to_ascii_uppercase()) {
-        Some(b'K') => 10,
-        Some(b'M') => 20,
-        Some(b'G') => 30,
-        Some(b'T') => 40,
-        _ => 0,
+    let (digits, unit) = value.split_at(value.bytes().take_while(u8::is_ascii_digit).count());
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => Some(0),
+        "k" | "ki" | "kb" | "kib" => Some(10),
+        "m" | "mi" | "mb" | "mib" => Some(20),
+        "g" | "gi" | "gb" | "gib" => Some(30),
+        "t" | "ti" | "tb" | "tib" => Some(40),
+        _ => None,
     };
-    let digits = if shift == 0 { value } else { &value[..value.len() - 1] };
-    digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).ok_or_else(|| {
+    let number = digits.parse::<u64>().ok();
+    number.zip(shift).and_then(|(number, shift)| number.checked_mul(1 << shift)).ok_or_else(|| {
         SettingError::new(format!("{key}: `{value}` is no size (digits, then perhaps K, M, G or T)"))
     })
 }
@@ -55,10 +57,18 @@ mod tests {
 
     #[test]
     fn values() {
-        for (text, value) in [("0", 0), ("50M", 50 << 20), ("1t", 1 << 40), ("16777215T", 16_777_215 << 40)] {
+        for (text, value) in [
+            ("0", 0),
+            ("50M", 50 << 20),
+            ("1t", 1 << 40),
+            ("2Mi", 2 << 20),
+            ("3GiB", 3 << 30),
+            ("4kb", 4096),
+            ("16777215T", 16_777_215 << 40),
+        ] {
             assert_eq!(bytes("key", text), Ok(value));
         }
-        for text in ["", "K", "1.5K", "-1", "16777216T", "1KK", "1é", "µK"] {
+        for text in ["", "K", "1.5K", "-1", "16777216T", "1KK", "+1", "1i", "1é", "µK"] {
             let error = bytes("key", text).unwrap_err().to_string();
             assert!(error.starts_with("key: `") && !error.contains('\n'), "{error}");
         }

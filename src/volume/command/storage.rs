@@ -6,14 +6,14 @@ use serde_json::json;
 
 use super::say;
 use crate::control::command::{printable, table};
-use crate::size::human;
+use crate::size::{NewSize, human};
 use crate::volume::{Name, Pool, Progress, Resized, Result, Taken};
 
 /// Makes a volume larger.
 pub(super) fn resize(
     pool: &Pool,
     name: &Name,
-    size: u64,
+    size: NewSize,
     progress: &dyn Progress,
     json: bool,
 ) -> Result<String> {

@@ -54,6 +54,18 @@ fn what_others_write() {
         ("nbd://[::1]:65535/x?", tcp("::1", 65535, "x")),
         ("nbd://h/a b+ä%c3%A4", tcp("h", 10809, "a b+ää")),
         ("nbd+unix://?socket=/s", unix(b"/s", "")),
+        ("nbd+unix:///?socket=@s", unix(b"\0s", "")),
+        ("nbd+unix:///?socket=%40s", unix(b"@s", "")),
+        ("nbd+unix:///?socket=./@s", unix(b"./@s", "")),
+        ("nbd://[fe80::1%eth0]/", tcp("fe80::1%eth0", 10809, "")),
+        ("nbd://[fe80::1%25eth0]:1/x", tcp("fe80::1%eth0", 1, "x")),
+        ("nbd://[fe80::1%25]", tcp("fe80::1%25", 10809, "")),
+        ("nbd://[fe80::1%2510]", tcp("fe80::1%10", 10809, "")),
+        // QEMU's older spelling.
+        ("nbd:localhost:10810", tcp("localhost", 10810, "")),
+        ("nbd:[::1]:1:exportname=a:b%20", tcp("::1", 1, "a:b%20")),
+        ("nbd:unix:/run/a:b c", unix(b"/run/a:b c", "")),
+        ("nbd:unix:s:exportname=x", unix(b"s", "x")),
         ("nbd+unix:///a/b?&socket=/x?y=z&", unix(b"/x?y=z", "a/b")),
     ] {
         assert_eq!(text.parse(), Ok(uri), "{text}");
@@ -68,7 +80,13 @@ fn refused() {
     for (text, error) in [
         ("", UriError::Scheme),
         ("disk.img", UriError::Scheme),
-        ("nbd:localhost:10809", UriError::Scheme),
+        ("nbd:", UriError::Legacy(String::new())),
+        ("nbd:disk.img", UriError::Legacy("disk.img".to_owned())),
+        ("nbd:h:", UriError::Legacy("h:".to_owned())),
+        ("nbd:[::1]", UriError::Legacy("[::1]".to_owned())),
+        ("nbd:h:x", authority("h:x")),
+        ("nbd:unix:", UriError::BadSocket),
+        ("nbd:h:1:exportname=\0", UriError::Name),
         ("http://h/", UriError::Scheme),
         ("nbd+ssh://h/", UriError::Scheme),
         ("nbds://h/", tls("nbds://")),
@@ -113,10 +131,12 @@ fn refused() {
 
 #[test]
 fn what_means_to_be_one() {
-    for text in ["nbd://", "NBD+unix:///", "nbds://h", "nbd+vsock://1", "nbds+unix://"] {
+    for text in
+        ["nbd:h:1", "nbd:unix:s", "nbd://", "NBD+unix:///", "nbds://h", "nbd+vsock://1", "nbds+unix://"]
+    {
         assert!(Uri::is_meant(text), "{text}");
     }
-    for text in ["nbd:h:1", "nbdx://h", "./nbd://h", "file:nbd", "http://h"] {
+    for text in ["nbdx://h", "nbd:disk.img", "./nbd:h:1", "./nbd://h", "file:nbd", "http://h"] {
         assert!(!Uri::is_meant(text), "{text}");
     }
 }
