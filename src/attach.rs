@@ -145,6 +145,11 @@ impl Door for LoopDoor {
             self.file.drain().await
         })
     }
+
+    fn cut(&self) -> LocalFuture<'_, ()> {
+        self.device.detach();
+        self.file.cut()
+    }
 }
 
 /// A folder of this process for its files, removed when dropped.

@@ -1,4 +1,4 @@
-//! Going to the background (`--fork`) and the file with the process number (`--pid-file`).
+//! Going to the background (`--fork`), and the announcement that the server is ready.
 //!
 //! ```text
 //!   parent: fork ── waits on a pipe ───────────────────────┐ exit 0
@@ -13,8 +13,9 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
@@ -22,14 +23,19 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-/// What is left of the wish to tell somebody that clients can connect.
+use crate::pid_file::PidFile;
+use crate::systemd;
+
+/// Tells scripts, the service manager and the waiting parent process that clients can connect.
 #[derive(Debug)]
 #[must_use = "the parent waits for the announcement"]
 pub(crate) struct Ready {
     /// The background process's end of the pipe, and whether it keeps stderr.
     parent: Option<(OwnedFd, bool)>,
-    /// Nobody is to be told.
+    /// Prints nothing and writes no file.
     silent: bool,
+    /// The file that gets the process number.
+    pid_file: Option<Rc<PidFile>>,
 }
 
 /// Who returns from [`fork`].
@@ -51,7 +57,7 @@ pub(crate) fn fork(keep_stderr: bool) -> Result<Forked> {
     match split()? {
         None => {
             drop(reader);
-            Ok(Forked::Child(Ready { parent: Some((writer, keep_stderr)), silent: false }))
+            Ok(Forked::Child(Ready { parent: Some((writer, keep_stderr)), silent: false, pid_file: None }))
         }
         Some(child) => {
             drop(writer);
@@ -119,152 +125,68 @@ fn wait_for(reader: OwnedFd, child: Pid) -> Result<ExitCode> {
 }
 
 impl Ready {
-    /// For a process that stays where it is.
+    /// Announces a server that stays in the foreground.
     pub(crate) fn foreground() -> Self {
-        Ready { parent: None, silent: false }
+        Ready { parent: None, silent: false, pid_file: None }
     }
 
-    /// For one that takes over from another, whose lines have been printed.
+    /// Announces a server that takes over from another one, whose lines have been printed.
     pub(crate) fn silent() -> Self {
-        Ready { parent: None, silent: true }
+        Ready { parent: None, silent: true, pid_file: None }
     }
 
-    /// Prints the lines for people and scripts on stdout; then a background process leaves its terminal and lets
-    /// its parent go. May be called with threads running.
+    /// Writes `pid_file` with the announcement.
+    pub(crate) fn with_pid_file(self, pid_file: Rc<PidFile>) -> Self {
+        Ready { pid_file: Some(pid_file), ..self }
+    }
+
+    /// Returns the file that gets the process number. It is removed when the last owner drops it.
+    pub(crate) fn pid_file(&self) -> Option<Rc<PidFile>> {
+        self.pid_file.clone()
+    }
+
+    /// Writes the pid file and prints `lines` on stdout; then a background process leaves its terminal and lets its
+    /// parent end. The doors are open: a script that sees any of this can connect. May be called with threads running.
     ///
     /// # Errors
-    /// The background process cannot leave its terminal, or its parent is gone.
+    /// The pid file cannot be written, the background process cannot leave its terminal, or its parent is gone.
     pub(crate) fn announce(self, lines: &[String]) -> Result<()> {
-        if self.silent {
-            return Ok(());
+        // First: a script that has read a line may look for the file at once.
+        if let Some(pid_file) = &self.pid_file {
+            pid_file.publish()?;
         }
-        let mut out = io::stdout().lock();
-        for line in lines {
-            // Whoever started us may not want to hear it.
-            if writeln!(out, "{line}").is_err() {
-                break;
+        if !self.silent {
+            print(lines);
+        }
+        if let Some((_, keep_stderr)) = &self.parent {
+            leave_terminal(*keep_stderr)?;
+        }
+        // Without a service manager this does nothing, and one that does not listen is no reason to end.
+        let _ = systemd::notify("READY=1");
+        match self.parent {
+            // Last, so that whoever waits for the end of our output finds it.
+            Some((parent, _)) => {
+                File::from(parent).write_all(b"R").context("whoever started the server is gone")
             }
+            None => Ok(()),
         }
-        out.flush().ok();
-        let Some((parent, keep_stderr)) = self.parent else { return Ok(()) };
-        leave_terminal(keep_stderr)?;
-        // Last, so that whoever waits for the end of our output finds it.
-        File::from(parent).write_all(b"R").context("whoever started the server is gone")
     }
 }
 
-/// A file with our process number, removed when dropped.
-#[derive(Debug)]
-pub(crate) struct PidFile {
-    path: PathBuf,
-    content: String,
-}
-
-impl PidFile {
-    /// Writes the file; readers see the old one or the whole new one. After a fork, in the child.
-    ///
-    /// # Errors
-    /// One line that names the path.
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        let path = std::path::absolute(path).with_context(|| format!("--pid-file {}", path.display()))?;
-        let content = format!("{}\n", std::process::id());
-        let cannot = || format!("{}: cannot write the process number there", path.display());
-        // A rename would replace what is there, and nobody wants to lose /dev/null, or an image.
-        match path.metadata() {
-            Ok(there) if !there.is_file() => {
-                bail!("{}: not an ordinary file; give --pid-file another name", path.display())
-            }
-            Ok(there) => check_old(&path, there.len())?,
-            Err(_) => {}
-        }
-        let mut new = path.clone().into_os_string();
-        new.push(format!(".{}", std::process::id()));
-        let new = PathBuf::from(new);
-        let written = std::fs::write(&new, &content).and_then(|()| std::fs::rename(&new, &path));
-        if written.is_err() {
-            // The first error is the one to tell.
-            let _ = std::fs::remove_file(&new);
-        }
-        written.with_context(cannot)?;
-        Ok(PidFile { path, content })
-    }
-}
-
-/// Refuses to replace what is no process number, or the one of a server that runs.
-fn check_old(path: &Path, len: u64) -> Result<()> {
-    let text = if len <= 32 { std::fs::read_to_string(path).unwrap_or_default() } else { String::from("?") };
-    let number = text.trim();
-    if !number.bytes().all(|byte| byte.is_ascii_digit()) {
-        bail!("{}: exists and holds no process number; give --pid-file another name", path.display());
-    }
-    let name = std::fs::read_to_string(format!("/proc/{number}/comm")).unwrap_or_default();
-    if !number.is_empty()
-        && name.trim_end() == env!("CARGO_PKG_NAME")
-        && number != std::process::id().to_string()
-    {
-        bail!("{}: process {number} runs with it; give --pid-file another name", path.display());
-    }
-    Ok(())
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        // A successor may have put its own number there.
-        if std::fs::read_to_string(&self.path).is_ok_and(|content| content == self.content) {
-            let _ = std::fs::remove_file(&self.path);
+/// Prints lines that nobody may want to hear.
+fn print(lines: &[String]) {
+    let mut out = io::stdout().lock();
+    for line in lines {
+        if writeln!(out, "{line}").is_err() {
+            break;
         }
     }
+    out.flush().ok();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_file_comes_and_goes() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.pid");
-        std::fs::write(&path, "99999999\n").unwrap();
-        let file = PidFile::create(&path).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-        drop(file);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_successors_file_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.pid");
-        let file = PidFile::create(&path).unwrap();
-        std::fs::write(&path, "1\n").unwrap();
-        drop(file);
-        assert!(path.exists());
-    }
-
-    #[test]
-    fn what_is_no_process_number_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x");
-        for content in ["precious\n".to_owned(), "12 34".to_owned(), "7".repeat(100)] {
-            std::fs::write(&path, &content).unwrap();
-            let error = format!("{:#}", PidFile::create(&path).unwrap_err());
-            assert!(error.contains("holds no process number"), "{error}");
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
-        }
-        std::fs::write(&path, "").unwrap();
-        drop(PidFile::create(&path).unwrap());
-    }
-
-    #[test]
-    fn a_folder_that_is_not_there() {
-        let folder = tempfile::tempdir().unwrap();
-        for path in [folder.path().join("no/x.pid"), folder.path().to_owned(), "/dev/null".into()] {
-            let error = format!("{:#}", PidFile::create(&path).unwrap_err());
-            assert!(error.contains(path.to_str().unwrap()), "{error}");
-        }
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    }
 
     #[test]
     fn no_fork_among_threads() {

@@ -15,6 +15,7 @@ use crate::attachment::Attachment;
 use crate::cli::DetachArgs;
 use crate::fuse::{self, Mounted, Unmounted};
 use crate::patience::lasts;
+use crate::stop::SECOND_AFTER;
 use crate::ublk;
 
 /// A server that takes longer to end is left alone.
@@ -119,9 +120,11 @@ fn end(attachment: &Attachment, force: bool) -> Result<()> {
     };
     ask()?;
     if force {
-        // The server takes signals one at a time.
-        std::thread::sleep(Duration::from_millis(100));
-        if attachment.device.as_deref().is_none_or(in_use) {
+        let until = Instant::now() + SECOND_AFTER;
+        while attachment.is_alive() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if attachment.is_alive() && attachment.device.as_deref().is_none_or(in_use) {
             ask()?;
         }
     }

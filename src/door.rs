@@ -34,6 +34,9 @@ pub(crate) trait Door {
 
     /// Lets nobody new in, finishes what is in flight, and closes. False where that was not possible.
     fn drain(&self) -> LocalFuture<'_, bool>;
+
+    /// Stops answering at once, as far as the door can, in place of a drain that was dropped. Returns within a second.
+    fn cut(&self) -> LocalFuture<'_, ()>;
 }
 
 /// What a door is opened upon.

@@ -2,16 +2,19 @@
 //! order.
 //!
 //! ```text
-//!   fork ─ sources ─ workers ─ doors ─ READY ─ serve ─┬─ signal ─ release (nobody would be hurt) ─┬─ drain ─ flush
-//!                                                     └─ a door ended by itself ──────────────────┘
+//!   fork ─ sources ─ signals ─ workers ─ doors ─ READY ─ serve ─┬─ signal ─ release (the doors are not in use) ─┬─ drain ─ flush
+//!                                          │                    └─ a door ended by itself ────────────────────┤
+//!                                          └─ a signal, a door that does not open ────────────────────────────┘
 //! ```
 //!
-//! The first signal ends it as soon as that hurts nobody, one more ends it although it does, and one during the end
-//! cuts that short.
+//! The first signal ends the server when its doors are not in use, the second one although they are. One more during the
+//! end cuts short what is in flight; what was answered is still flushed.
 
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::pin;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -20,14 +23,15 @@ use anyhow::{Context, Result};
 use bridge::backend::image::ImageMemory;
 use bridge::worker::Workers;
 use bridge::{Capabilities, Export, LocalFuture, OpenError, Request};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::{DoorArgs, ProcessArgs, ServeArgs, UsageError};
-use crate::daemon::{self, Forked, PidFile, Ready};
+use crate::daemon::{self, Forked, Ready};
 use crate::door::{self, Door, Site};
+use crate::pid_file::PidFile;
+use crate::stop::Stop;
 use crate::{assemble, control, systemd};
 
-/// The last flush has so long where the doors took all the time there was.
+/// Time for the last flush where the doors took all the time there was, or the end is forced.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
 
 /// The share of the memory budget that the tables and compressed clusters of images take beside it: one part in so many.
@@ -52,55 +56,52 @@ pub(crate) fn start(process: &ProcessArgs) -> Result<Forked> {
     if process.fork { daemon::fork(process.verbose > 0) } else { Ok(Forked::Child(Ready::foreground())) }
 }
 
-/// The same in a process that has gone where it belongs.
+/// Serves until told to stop, in a process that has gone to the background where it should.
 ///
 /// # Errors
 /// One line that says what kept it from starting.
 pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
-    let passed = take_sockets(&args.doors)?;
+    let passed = take_sockets(args)?;
     let process = &args.process;
-    let pid_file = process.pid_file.as_deref().map(PidFile::create).transpose()?;
-    door::before_sources(&args.doors)?;
-    let (exports, made) = sources(args)?;
-    door::before_threads(&args.doors, process.pid_file.as_deref());
-    let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
+    let ready = match process.pid_file.as_deref() {
+        Some(path) => ready.with_pid_file(Rc::new(PidFile::prepare(path)?)),
+        None => ready,
+    };
+    let pid_file = ready.pid_file();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
+    let take_signals = || {
+        let _inside = runtime.enter();
+        Stop::new()
+    };
+    // Opening a source can take long, and until something is made a signal may end that as it comes.
+    let early = args.source.create.is_some().then(take_signals).transpose()?;
+    door::before_sources(&args.doors)?;
+    let (exports, made) = sources(args)?;
+    door::before_threads(&args.doors, process.pid_file.as_deref());
+    let mut stop = early.map_or_else(take_signals, Ok)?;
+    let workers = Arc::new(Workers::start(process.workers).context("cannot start the workers")?);
+    let server = Server { args, exports, workers, doors: RefCell::default() };
     let status = runtime.block_on(async {
-        let alone = args.doors.len() == 1;
-        let mut site =
-            Site { exports: &exports, args: &args.exports, workers: &workers, alone, process, passed };
-        let mut doors = Vec::new();
-        // The kernel's caches behind one door do not hear of what is written through another.
-        let views: Vec<_> = exports.iter().map(|export| export.read_only_view()).collect();
-        for (n, door) in args.doors.iter().enumerate() {
-            site.exports = if n == 0 || args.multi_writer { &exports } else { &views };
-            doors.push(door::open(door, &mut site).await?);
-        }
-        let mut stop = Stop::new()?;
-        let control = control::Control::start(control_site(args, &exports, &doors, &workers));
-        let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
-        ready.announce(&lines)?;
-        made.keep();
-        // Without systemd there is nobody to tell.
-        let _ = systemd::notify("READY=1");
-        let told = serve(&doors, &mut stop).await;
-        let _ = systemd::notify("STOPPING=1");
-        let all_well = tokio::select! {
-            all_well = end(&doors, &exports, &workers, process.drain_timeout) => all_well,
-            () = stop.again(told) => {
-                tracing::warn!("told again to stop: ending at once");
-                false
-            }
+        let opened = server.open(&mut stop, passed).await;
+        let control =
+            matches!(opened, Ok(true)).then(|| control::Control::start(server.control_site())).flatten();
+        let served = match opened {
+            Ok(true) => server.serve(&mut stop, ready, made).await,
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
         };
+        // However it went, what was opened is closed in good order. Without systemd there is nobody to tell.
+        let _ = systemd::notify("STOPPING=1");
+        let all_well = server.end(&mut stop).await;
         drop(control);
-        anyhow::Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        served.map(|()| if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
     // Workers may still hold a request that storage does not finish: ending must not wait for it.
-    std::mem::forget(workers);
+    std::mem::forget(server.workers);
     status
 }
 
@@ -125,56 +126,137 @@ fn is_locked(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(OpenError::Locked { .. }))
 }
 
-/// The sockets that systemd passed, where there is a door that can take them.
-fn take_sockets(doors: &[DoorArgs]) -> Result<Vec<systemd::PassedSocket>> {
-    let Some(net) = doors.iter().find_map(DoorArgs::net) else { return Ok(Vec::new()) };
+/// Returns the sockets that were passed in, where there is a door that can take them: systemd's, or the one that is stdin.
+fn take_sockets(args: &ServeArgs) -> Result<Vec<systemd::PassedSocket>> {
+    let Some(net) = args.doors.iter().find_map(DoorArgs::net) else { return Ok(Vec::new()) };
     let passed = systemd::take_sockets()?;
-    if !passed.is_empty() && !net.listen.is_empty() {
+    if !passed.is_empty() {
         let message = "the sockets come from systemd here; leave out --bind, --port and --socket";
-        return Err(UsageError::new(message).into());
+        anyhow::ensure!(net.listen.is_empty(), UsageError::new(message));
+        return Ok(passed);
     }
-    Ok(passed)
+    // A server with an address of its own, or one that is to outlive whoever started it, is not inetd's.
+    let by_inetd = args.doors.len() == 1 && net.listen.is_empty() && !args.process.fork;
+    Ok(if by_inetd { systemd::take_stdin()?.into_iter().collect() } else { Vec::new() })
 }
 
-/// What the control socket tells of.
-fn control_site(
-    args: &ServeArgs,
-    exports: &[Arc<Export>],
-    doors: &[Box<dyn Door>],
-    workers: &Arc<Workers>,
-) -> control::Site {
-    let sources = args.exports.iter().map(|export| export.source.global());
-    let exports = exports.iter().cloned().zip(sources).collect();
-    control::Site::new(exports, doors.iter().map(|door| door.watch()).collect(), workers.clone())
+/// What a process serves, and the doors that are open.
+struct Server<'a> {
+    args: &'a ServeArgs,
+    exports: Vec<Arc<Export>>,
+    workers: Arc<Workers>,
+    /// In the order of `args`. Borrowed for moments only.
+    doors: RefCell<Vec<Rc<dyn Door>>>,
 }
 
-/// Serves until the command's own door has ended, or a signal has come and nobody needs the doors any more. Says whether one has come.
-async fn serve(doors: &[Box<dyn Door>], stop: &mut Stop) -> bool {
-    let mut ended = pin!(main_one(doors.iter().map(|door| door.serve()).collect()));
-    tokio::select! {
-        () = &mut ended => return false,
-        () = stop.wait() => tracing::info!("stopping"),
+impl Server<'_> {
+    /// Opens the doors. False where a signal came meanwhile: a door that is being opened is opened before that is heard,
+    /// so that it can be closed again; a second signal is not so patient.
+    async fn open(&self, stop: &mut Stop, passed: Vec<systemd::PassedSocket>) -> Result<bool> {
+        let told = Cell::new(false);
+        let mut opening = pin!(self.open_each(&told, passed));
+        loop {
+            tokio::select! {
+                biased;
+                opened = &mut opening => {
+                    opened?;
+                    return Ok(!stop.look().await);
+                }
+                () = stop.wait() => {
+                    anyhow::ensure!(!told.replace(true), "told again to stop before the server was ready");
+                    tracing::info!("told to stop before the server was ready");
+                }
+            }
+        }
     }
-    tokio::select! {
-        _ = all(doors.iter().map(|door| door.release()).collect()) => {}
-        () = ended => {}
-        () = stop.wait() => tracing::warn!("told again to stop: ending although it is in use"),
-    }
-    true
-}
 
-/// Closes the doors, then flushes what came through them, for what is left of the time. False where not everything
-/// went well.
-async fn end(doors: &[Box<dyn Door>], exports: &[Arc<Export>], workers: &Workers, limit: Duration) -> bool {
-    let until = Instant::now() + limit;
-    let drained = all(doors.iter().map(|door| door.drain()).collect()).await;
-    let mut all_well = drained.into_iter().all(|well| well);
-    let now = Instant::now();
-    let until = if now < until { until } else { now + LAST_FLUSH };
-    let flushes =
-        exports.iter().map(|export| Box::pin(flush(export, workers, until)) as LocalFuture<'_, bool>);
-    all_well &= all(flushes.collect()).await.into_iter().all(|well| well);
-    all_well
+    async fn open_each(&self, told: &Cell<bool>, passed: Vec<systemd::PassedSocket>) -> Result<()> {
+        // The kernel's caches behind one door do not hear of what is written through another.
+        let views: Vec<_> = self.exports.iter().map(|export| export.read_only_view()).collect();
+        let mut site = Site {
+            exports: &self.exports,
+            args: &self.args.exports,
+            workers: &self.workers,
+            alone: self.args.doors.len() == 1,
+            process: &self.args.process,
+            passed,
+        };
+        for (n, door) in self.args.doors.iter().enumerate() {
+            if told.get() {
+                break;
+            }
+            site.exports = if n == 0 || self.args.multi_writer { &self.exports } else { &views };
+            let door = door::open(door, &mut site).await?;
+            self.doors.borrow_mut().push(door.into());
+        }
+        Ok(())
+    }
+
+    fn doors(&self) -> Vec<Rc<dyn Door>> {
+        self.doors.borrow().clone()
+    }
+
+    /// Announces the server, and serves until the command's own door has ended, or a signal has come and the doors are not
+    /// in use any more.
+    async fn serve(&self, stop: &mut Stop, ready: Ready, made: assemble::Made) -> Result<()> {
+        let doors = self.doors();
+        let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
+        ready.announce(&lines)?;
+        made.keep();
+        let mut ended = pin!(main_one(doors.iter().map(|door| door.serve()).collect()));
+        tokio::select! {
+            () = &mut ended => return Ok(()),
+            () = stop.wait() => tracing::info!("stopping"),
+        }
+        tokio::select! {
+            _ = all(doors.iter().map(|door| door.release()).collect()) => {}
+            () = ended => {}
+            () = stop.wait() => tracing::warn!("told again to stop: ending although it is in use"),
+        }
+        Ok(())
+    }
+
+    /// What the control socket tells of.
+    fn control_site(&self) -> control::Site {
+        let sources = self.args.exports.iter().map(|export| export.source.global());
+        let exports = self.exports.iter().cloned().zip(sources).collect();
+        let watches = self.doors.borrow().iter().map(|door| door.watch()).collect();
+        control::Site::new(exports, watches, self.workers.clone())
+    }
+
+    /// Closes the doors, then flushes what came through them. Returns false where not everything went well.
+    async fn end(&self, stop: &mut Stop) -> bool {
+        let doors = self.doors();
+        tokio::select! {
+            all_well = self.drain(&doors) => return all_well,
+            () = stop.second() => tracing::warn!("told again to stop: ending at once"),
+        }
+        let cut = async {
+            // Nothing is answered after the flush.
+            all(doors.iter().map(|door| door.cut()).collect()).await;
+            self.flush(Instant::now() + LAST_FLUSH).await;
+        };
+        tokio::select! {
+            () = cut => {}
+            () = stop.wait() => tracing::error!("told a third time to stop: what was not flushed may be lost"),
+        }
+        false
+    }
+
+    async fn drain(&self, doors: &[Rc<dyn Door>]) -> bool {
+        let until = Instant::now() + self.args.process.drain_timeout;
+        let drained = all(doors.iter().map(|door| door.drain()).collect()).await;
+        let now = Instant::now();
+        let until = if now < until { until } else { now + LAST_FLUSH };
+        let flushed = self.flush(until).await;
+        flushed && drained.into_iter().all(|well| well)
+    }
+
+    /// Flushes every export that can be written to. Returns false where one cannot be flushed.
+    async fn flush(&self, until: Instant) -> bool {
+        let flush = |export| Box::pin(flush(export, &self.workers, until)) as LocalFuture<'_, bool>;
+        all(self.exports.iter().map(flush).collect()).await.into_iter().all(|well| well)
+    }
 }
 
 async fn flush(export: &Arc<Export>, workers: &Workers, until: Instant) -> bool {
@@ -234,53 +316,4 @@ async fn all<T>(mut futures: Vec<LocalFuture<'_, T>>) -> Vec<T> {
     })
     .await;
     results.into_iter().flatten().collect()
-}
-
-/// The signals that end the process.
-struct Stop {
-    terminate: Signal,
-    interrupt: Signal,
-    /// None where whoever started us wants it ignored, as nohup does.
-    hangup: Option<Signal>,
-}
-
-impl Stop {
-    fn new() -> Result<Self> {
-        let handle = |kind| signal(kind).context("cannot handle signals");
-        Ok(Stop {
-            terminate: handle(SignalKind::terminate())?,
-            interrupt: handle(SignalKind::interrupt())?,
-            hangup: (!hangup_is_ignored()).then(|| handle(SignalKind::hangup())).transpose()?,
-        })
-    }
-
-    /// Waits for one more than the first; whether that has come already is `told`.
-    async fn again(&mut self, told: bool) {
-        if !told {
-            self.wait().await;
-        }
-        self.wait().await;
-    }
-
-    /// Waits for the next one. Cancel-safe.
-    async fn wait(&mut self) {
-        let hangup = async {
-            match &mut self.hangup {
-                Some(hangup) => _ = hangup.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-            () = hangup => {}
-        }
-    }
-}
-
-fn hangup_is_ignored() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    // Signal 1 has the lowest bit.
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
 }

@@ -1,17 +1,21 @@
-//! systemd's two protocols: sockets that it passes in (sd_listen_fds(3)) and the words we send it (sd_notify(3)).
+//! Sockets that are passed in, by systemd (sd_listen_fds(3)) or as stdin by inetd, and the states that we tell systemd
+//! (sd_notify(3)).
 //! A leaf file: the only `unsafe` is taking over descriptors by number and clearing variables.
 #![allow(unsafe_code)]
 
 use std::env;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Result, anyhow, bail};
-use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::fstat;
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 /// The first descriptor that is passed in: SD_LISTEN_FDS_START.
 const FIRST: RawFd = 3;
@@ -19,15 +23,26 @@ const FIRST: RawFd = 3;
 /// More than anybody passes; keeps a broken number from costing time.
 const MOST: RawFd = 1024;
 
-/// A listening socket that systemd opened.
+/// A socket that was opened by another process and passed to this one.
 #[derive(Debug)]
 pub(crate) struct PassedSocket {
     /// The socket.
     pub(crate) fd: OwnedFd,
     /// Its kind.
     pub(crate) family: Family,
+    /// Its state.
+    pub(crate) state: SocketState,
     /// FileDescriptorName= of the socket unit, or "".
     pub(crate) name: String,
+}
+
+/// Whether clients come by a passed socket, or it is a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SocketState {
+    /// Clients connect to it: Accept=no, inetd's `wait`.
+    Listening,
+    /// A connected client: Accept=yes, inetd's `nowait`.
+    Connected,
 }
 
 /// What a socket speaks.
@@ -43,7 +58,7 @@ pub(crate) enum Family {
 /// `main`, before threads; a second call finds nothing.
 ///
 /// # Errors
-/// One line: a number that makes no sense, a descriptor that is no listening stream socket.
+/// One line: a number that makes no sense, a descriptor that is neither a listening nor a connected stream socket.
 pub(crate) fn take_sockets() -> Result<Vec<PassedSocket>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
@@ -82,14 +97,46 @@ fn take_socket(number: RawFd, name: String) -> Result<PassedSocket> {
     // SAFETY: the descriptor is open, and by systemd's contract (LISTEN_PID is ours) it belongs to us. It is
     // taken once: `take_sockets` does its work once, and each number comes up once.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    let family = listening_family(fd.as_fd()).ok_or_else(|| {
-        anyhow!(
-            "socket activation: descriptor {number} is not a listening stream socket (Accept=no is needed)"
-        )
+    let (family, state) = kind(fd.as_fd()).ok_or_else(|| {
+        anyhow!("socket activation: descriptor {number} is not a listening or connected stream socket")
     })?;
     let flags = fcntl_getfd(&fd)?;
     fcntl_setfd(&fd, flags | FdFlags::CLOEXEC)?;
-    Ok(PassedSocket { fd, family, name })
+    keep_output_out(fd.as_fd(), state)?;
+    Ok(PassedSocket { fd, family, state, name })
+}
+
+/// Takes the socket over that is stdin, as inetd passes it; None where stdin is something else.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn take_stdin() -> Result<Option<PassedSocket>> {
+    let stdin = io::stdin();
+    let Some((family, state)) = kind(stdin.as_fd()) else { return Ok(None) };
+    let fd = fcntl_dupfd_cloexec(&stdin, FIRST).context("cannot take the socket that is stdin")?;
+    keep_output_out(fd.as_fd(), state)?;
+    dup2_stdin(&File::open("/dev/null").context("cannot open /dev/null")?)?;
+    Ok(Some(PassedSocket { fd, family, state, name: "stdin".to_owned() }))
+}
+
+/// Sends stdout and stderr to /dev/null where they are this connection, as with inetd: a line between the replies would
+/// be taken for one of them.
+fn keep_output_out(fd: BorrowedFd<'_>, state: SocketState) -> Result<()> {
+    if state == SocketState::Listening {
+        return Ok(());
+    }
+    let socket = fstat(fd)?;
+    let is_it = |output: BorrowedFd<'_>| {
+        fstat(output).is_ok_and(|found| (found.st_dev, found.st_ino) == (socket.st_dev, socket.st_ino))
+    };
+    let null = || File::options().write(true).open("/dev/null").context("cannot open /dev/null");
+    if is_it(rustix::stdio::stdout()) {
+        dup2_stdout(&null()?)?;
+    }
+    if is_it(rustix::stdio::stderr()) {
+        dup2_stderr(&null()?)?;
+    }
+    Ok(())
 }
 
 /// The flags of a descriptor that may not exist.
@@ -99,14 +146,18 @@ fn flags_of(number: RawFd) -> Option<i32> {
     (flags >= 0).then_some(flags)
 }
 
-fn listening_family(fd: BorrowedFd<'_>) -> Option<Family> {
-    let stream = sockopt::socket_type(fd).ok()? == SocketType::STREAM;
-    if !stream || !sockopt::socket_acceptconn(fd).ok()? {
+fn kind(fd: BorrowedFd<'_>) -> Option<(Family, SocketState)> {
+    if sockopt::socket_type(fd).ok()? != SocketType::STREAM {
         return None;
     }
+    let state = match sockopt::socket_acceptconn(fd).ok()? {
+        true => SocketState::Listening,
+        false if getpeername(fd).is_ok() => SocketState::Connected,
+        false => return None,
+    };
     match sockopt::socket_domain(fd).ok()? {
-        AddressFamily::INET | AddressFamily::INET6 => Some(Family::Tcp),
-        AddressFamily::UNIX => Some(Family::Unix),
+        AddressFamily::INET | AddressFamily::INET6 => Some((Family::Tcp, state)),
+        AddressFamily::UNIX => Some((Family::Unix, state)),
         _ => None,
     }
 }
@@ -134,20 +185,22 @@ fn notify_at(socket: &str, state: &str) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream, UdpSocket};
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
-    fn only_listening_stream_sockets_pass() {
+    fn only_stream_sockets_pass() {
         let folder = tempfile::tempdir().unwrap();
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let unix = UnixListener::bind(folder.path().join("s")).unwrap();
         let client = TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert_eq!(listening_family(tcp.as_fd()), Some(Family::Tcp));
-        assert_eq!(listening_family(unix.as_fd()), Some(Family::Unix));
-        assert_eq!(listening_family(client.as_fd()), None);
-        assert_eq!(listening_family(udp.as_fd()), None);
-        assert_eq!(listening_family(tempfile::tempfile().unwrap().as_fd()), None);
+        let (end, _other) = UnixStream::pair().unwrap();
+        assert_eq!(kind(tcp.as_fd()), Some((Family::Tcp, SocketState::Listening)));
+        assert_eq!(kind(unix.as_fd()), Some((Family::Unix, SocketState::Listening)));
+        assert_eq!(kind(client.as_fd()), Some((Family::Tcp, SocketState::Connected)));
+        assert_eq!(kind(end.as_fd()), Some((Family::Unix, SocketState::Connected)));
+        assert_eq!(kind(udp.as_fd()), None);
+        assert_eq!(kind(tempfile::tempfile().unwrap().as_fd()), None);
         assert_eq!(flags_of(100_000_000), None);
     }
 

@@ -83,8 +83,7 @@ fn a_socket_from_systemd_and_words_back() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let mut command = activated(listener.into(), "");
-    let server = Server::start(command.env("NOTIFY_SOCKET", folder.path().join("notify")), 1);
-    assert!(server.lines[0].contains(&format!("nbd://{address}/")), "{:?}", server.lines);
+    let server = Server::start(command.env("NOTIFY_SOCKET", folder.path().join("notify")), 0);
     let mut word = [0; 64];
     let length = notify.recv(&mut word).unwrap();
     assert_eq!(&word[..length], b"READY=1");
@@ -103,5 +102,5 @@ fn sockets_from_systemd_that_will_not_do() {
     let file = OwnedFd::from(tempfile::tempfile().unwrap());
     let output = activated(file, "").output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(one_line(&output).contains("not a listening stream socket"), "{output:?}");
+    assert!(one_line(&output).contains("not a listening or connected stream socket"), "{output:?}");
 }

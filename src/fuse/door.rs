@@ -204,6 +204,12 @@ impl Door for FuseDoor {
             true
         })
     }
+
+    fn cut(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async {
+            self.take_away().await;
+        })
+    }
 }
 
 /// Starts the threads that serve the file; the channel tells their end.

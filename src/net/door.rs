@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::os::fd::OwnedFd;
 use std::path::absolute;
 use std::sync::Arc;
 use std::task::Poll;
@@ -11,11 +12,12 @@ use anyhow::Result;
 use bridge::{Export, LocalFuture};
 use nbd_proto::uri::Uri;
 
-use super::listener::{Listener, Local, bind};
+use super::listener::{Listener, Local, bind, passed_client};
 use super::server::{Server, Settings};
 use crate::cli::{NetArgs, ProcessArgs, abstract_name};
 use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
+use crate::systemd::SocketState;
 
 /// A client that stops for so long in the middle of a request is dropped.
 const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -29,7 +31,12 @@ pub(crate) struct NetDoor {
     /// Empty once the door is closed: dropped, they take no more clients, and their paths are removed.
     listeners: RefCell<Vec<Arc<Listener>>>,
     exports: Vec<Arc<Export>>,
+    /// Connections that were passed in and are not served yet, with their peers' names.
+    connected: RefCell<Vec<(OwnedFd, String)>>,
+    /// Ends when the last client has left.
     once: bool,
+    /// The sockets were passed in: whoever did that knows where they are, and may want stdout for something else.
+    passed: bool,
 }
 
 impl NetDoor {
@@ -39,17 +46,23 @@ impl NetDoor {
     /// One line that names the address and the way out.
     pub(crate) fn open(args: &NetArgs, site: &mut Site<'_>) -> Result<Self> {
         let passed = std::mem::take(&mut site.passed);
-        let listeners: Vec<Listener> = if passed.is_empty() {
+        let was_passed = !passed.is_empty();
+        let (connected, listening): (Vec<_>, Vec<_>) =
+            passed.into_iter().partition(|socket| socket.state == SocketState::Connected);
+        let listeners: Vec<Listener> = if was_passed {
+            listening.into_iter().map(Listener::from_passed).collect::<Result<_>>()?
+        } else {
             let each = args.listen_or_default();
             each.iter().map(bind).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
-        } else {
-            passed.into_iter().map(Listener::from_passed).collect::<Result<_>>()?
         };
+        let connected: Vec<_> = connected.into_iter().map(passed_client).collect::<Result<_>>()?;
         Ok(NetDoor {
             server: Server::new(site.exports.to_vec(), settings(args, site.process), site.workers.clone()),
+            once: args.once || listeners.is_empty(),
             listeners: RefCell::new(listeners.into_iter().map(Arc::new).collect()),
             exports: site.exports.to_vec(),
-            once: args.once,
+            connected: RefCell::new(connected),
+            passed: was_passed,
         })
     }
 
@@ -74,6 +87,9 @@ impl NetDoor {
 
 impl Door for NetDoor {
     fn lines(&self) -> Vec<String> {
+        if self.passed {
+            return Vec::new();
+        }
         self.places().into_iter().map(|place| place.at).collect()
     }
 
@@ -82,16 +98,13 @@ impl Door for NetDoor {
         Watch { kind: "net", places: self.places(), clients, fixed: None }
     }
 
-    /// Accepts on every listener; with `once` until the last client has left.
+    /// Serves what is connected already and accepts on every listener; with `once` until the last client has left.
     fn serve(&self) -> LocalFuture<'_, ()> {
         let listeners = self.listeners.borrow().clone();
         Box::pin(async move {
-            let mut clients = self.server.clients();
-            let last_left = async {
-                // Whether one has been here at all must not be missed between two looks.
-                let _ = clients.wait_for(|count| *count > 0).await;
-                let _ = clients.wait_for(|count| *count == 0).await;
-            };
+            for (fd, peer) in self.connected.take() {
+                self.server.take(fd, peer);
+            }
             let mut accepting: Vec<_> =
                 listeners.iter().map(|listener| Box::pin(listener.serve(&self.server))).collect();
             let accept_all = poll_fn(|cx| {
@@ -102,7 +115,7 @@ impl Door for NetDoor {
             });
             tokio::select! {
                 () = accept_all => {}
-                () = last_left, if self.once => tracing::info!("the last client has left"),
+                () = self.server.until_left(), if self.once => tracing::info!("the last client has left"),
             }
         })
     }
@@ -118,6 +131,11 @@ impl Door for NetDoor {
             self.server.drain().await;
             true
         })
+    }
+
+    fn cut(&self) -> LocalFuture<'_, ()> {
+        self.listeners.borrow_mut().clear();
+        Box::pin(self.server.close())
     }
 }
 

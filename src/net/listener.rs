@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use super::server::Server;
 use crate::cli::{Listen, abstract_name};
@@ -155,7 +155,7 @@ impl Listener {
     /// # Errors
     /// The operating system's.
     pub(crate) fn from_passed(socket: PassedSocket) -> anyhow::Result<Self> {
-        let PassedSocket { fd, family, name } = socket;
+        let PassedSocket { fd, family, name, .. } = socket;
         tracing::debug!(name, ?family, "listening on a passed socket");
         rustix::io::ioctl_fionbio(&fd, true)?;
         Ok(match family {
@@ -199,17 +199,12 @@ impl Listener {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 let fd = OwnedFd::from(stream.into_std()?);
-                // Small answers must not wait for each other; a dead peer is noticed in the end. It fails only
-                // for a peer that is gone already, as its reader will find out.
-                let _ = sockopt::set_tcp_nodelay(&fd, true);
-                let _ = sockopt::set_socket_keepalive(&fd, true);
+                set_up_tcp(&fd);
                 Ok((fd, peer.to_string()))
             }
             Listener::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
-                let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
-                let peer = pid.map_or_else(|| "unix".to_owned(), |pid| format!("unix, pid {pid}"));
-                Ok((OwnedFd::from(stream.into_std()?), peer))
+                unix_client(stream)
             }
         }
     }
@@ -219,6 +214,38 @@ impl Listener {
 fn socket_path(address: &std::os::unix::net::SocketAddr) -> Option<PathBuf> {
     let of_name = |name: &[u8]| PathBuf::from(OsString::from_vec([&[0], name].concat()));
     address.as_pathname().map(Path::to_owned).or_else(|| address.as_abstract_name().map(of_name))
+}
+
+/// Makes a client of a connection that was passed in. Returns the socket and the peer's name.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn passed_client(socket: PassedSocket) -> anyhow::Result<(OwnedFd, String)> {
+    let PassedSocket { fd, family, .. } = socket;
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    let client = match family {
+        Family::Unix => unix_client(UnixStream::from_std(fd.into())?)?,
+        Family::Tcp => {
+            set_up_tcp(&fd);
+            let address = rustix::net::getpeername(&fd).ok().flatten();
+            let address = address.and_then(|address| SocketAddr::try_from(address).ok());
+            (fd, address.map_or_else(|| "tcp".to_owned(), |address| address.to_string()))
+        }
+    };
+    Ok(client)
+}
+
+/// Small answers must not wait for each other; a dead peer is noticed in the end. It fails only for a peer that is gone
+/// already, as its reader will find out.
+fn set_up_tcp(fd: &OwnedFd) {
+    let _ = sockopt::set_tcp_nodelay(fd, true);
+    let _ = sockopt::set_socket_keepalive(fd, true);
+}
+
+fn unix_client(stream: UnixStream) -> io::Result<(OwnedFd, String)> {
+    let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+    let peer = pid.map_or_else(|| "unix".to_owned(), |pid| format!("unix, pid {pid}"));
+    Ok((OwnedFd::from(stream.into_std()?), peer))
 }
 
 /// Where a listener is found.

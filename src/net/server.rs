@@ -14,6 +14,9 @@ use super::connection::for_each_here;
 use super::directory::Exports;
 use super::session;
 
+/// Time for connections that were closed to let go of what they hold.
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
+
 /// What a user can set.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
@@ -127,6 +130,14 @@ impl Server {
         self.shared.clients.subscribe()
     }
 
+    /// Waits until the last client has left. Before the first one has come, none has.
+    pub(crate) async fn until_left(&self) {
+        let mut clients = self.clients();
+        // Each client changes the count twice, and gets its number before: none is missed between two looks.
+        let had_one = || self.shared.next_id.load(Relaxed) > 0;
+        let _ = clients.wait_for(|count| *count == 0 && had_one()).await;
+    }
+
     /// Ends: refuses what is new, finishes what is in flight (for `drain_timeout` at most), closes all connections.
     pub(crate) async fn drain(&self) {
         let limit = self.shared.settings.drain_timeout;
@@ -135,10 +146,16 @@ impl Server {
         if tokio::time::timeout(limit, clients.wait_for(|count| *count == 0)).await.is_err() {
             tracing::warn!("{} clients still busy after {limit:?}: closing them", *self.clients().borrow());
         }
+        self.close().await;
+    }
+
+    /// Closes all connections. What is in flight is answered to nobody.
+    pub(crate) async fn close(&self) {
         self.set_phase(Phase::Over);
         // Requests that storage still holds cannot be waited for without bound.
+        let mut clients = self.clients();
         let gone = clients.wait_for(|count| *count == 0);
-        let _ = tokio::time::timeout(Duration::from_secs(1), gone).await;
+        let _ = tokio::time::timeout(CLOSE_LIMIT, gone).await;
     }
 
     fn set_phase(&self, phase: Phase) {

@@ -119,6 +119,11 @@ impl Door for UblkDoor {
             })
         })
     }
+
+    /// The device ends with the process, if the thread that stops it does not come first.
+    fn cut(&self) -> LocalFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// What the device is used for. Where that cannot be learnt, it is not in use.

@@ -17,6 +17,7 @@ use super::state;
 use super::wait::is_alive;
 use crate::devices::Row;
 use crate::size;
+use crate::stop::SECOND_AFTER;
 
 /// How long a device that is ending may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -140,7 +141,7 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
             // A mount on a device that is dead keeps its number, and nothing else.
             return if Path::new(&path).exists() { device::bury(&mut control, id) } else { Ok(()) };
         }
-        if force && !forced && waited > Duration::from_millis(700) {
+        if force && !forced && waited > SECOND_AFTER {
             // The first was for a device that is free; a second one ends it although it is not.
             let _ = kill_process(server, Signal::TERM);
             forced = true;

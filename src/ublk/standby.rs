@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ use super::state;
 use super::supervise::Supervisor;
 use super::watched::{Watched, handle_of, has_ended};
 use crate::cli::ServeArgs;
-use crate::daemon::{self, PidFile};
+use crate::daemon;
+use crate::pid_file::{self, PidFile};
 
 /// Between two looks at what the supervisor makes of a server's end.
 const LOOK: Duration = Duration::from_millis(200);
@@ -82,11 +84,12 @@ fn stand_by(
     }
     // As a zombie the dead one can look alive for a while: what is its own is not in the way.
     if let Some(path) = &supervisor.pid_path
-        && std::fs::read_to_string(path).is_ok_and(|text| text.trim() == boss.as_raw_pid().to_string())
+        && pid_file::read_old(path).is_some_and(|text| text.trim() == boss.as_raw_pid().to_string())
     {
         let _ = std::fs::remove_file(path);
     }
-    let pid_file = supervisor.pid_path.as_deref().map(PidFile::create).transpose();
+    let publish = |path: &PathBuf| PidFile::prepare(path).and_then(|file| file.publish().map(|()| file));
+    let pid_file = supervisor.pid_path.as_ref().map(publish).transpose();
     if let Err(error) = &pid_file {
         tracing::warn!("{error:#}");
     }

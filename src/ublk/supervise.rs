@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,8 @@ use super::standby;
 use super::wait::is_alive;
 use super::watched::Watched;
 use crate::cli::{ServeArgs, UblkArgs};
-use crate::daemon::{self, Forked, PidFile, Ready};
+use crate::daemon::{self, Forked, Ready};
+use crate::pid_file::PidFile;
 use crate::serve;
 
 /// A server that lived for so long begins a new series of failures.
@@ -170,7 +172,12 @@ fn wait_for_successor(id: u32, dead: Pid, patience: Duration) -> Result<()> {
 fn supervise(args: &mut ServeArgs, ready: Ready) -> Result<ExitCode> {
     let signals = Signals::block().context("cannot block signals")?;
     let pid_path = args.process.pid_file.take();
-    let pid_file = pid_path.as_deref().map(PidFile::create).transpose()?;
+    // With the number of this process, which outlives servers; written by the first of them, when it is ready.
+    let pid_file = pid_path.as_deref().map(PidFile::prepare).transpose()?.map(Rc::new);
+    let ready = match &pid_file {
+        Some(pid_file) => ready.with_pid_file(pid_file.clone()),
+        None => ready,
+    };
     memory::serve_reclaim(false);
     let supervisor = Supervisor { signals, pid_path };
     let first = start_server(args, &supervisor, Some(ready))?;

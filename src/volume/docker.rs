@@ -20,15 +20,15 @@ mod wire;
 mod work;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::Pool;
-use crate::systemd;
+use crate::stop::Stop;
+use crate::systemd::{self, PassedSocket};
 use listen::Door;
 use work::Work;
 
@@ -54,21 +54,20 @@ pub(crate) fn run(args: &DaemonArgs) -> Result<ExitCode> {
     if let Some(folder) = &args.mount_root {
         pool.set_mount_root(folder)?;
     }
-    let door = Door::open(&args.socket, passed)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    let result = runtime.block_on(serve(pool, door));
+    let result = runtime.block_on(serve(pool, &args.socket, passed));
     // What still runs is cut short as by a crash, which volumes survive.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(pool: Pool, door: Door) -> Result<()> {
-    let handle = |kind| signal(kind).context("cannot handle signals");
-    let (mut term, mut int) = (handle(SignalKind::terminate())?, handle(SignalKind::interrupt())?);
-    let mut hup = handle(SignalKind::hangup())?;
+async fn serve(pool: Pool, socket: &Path, passed: Vec<PassedSocket>) -> Result<()> {
+    // Taken before there is a socket that would stay.
+    let mut stop = Stop::new()?;
+    let door = Door::open(socket, passed)?;
     let path = door.path().to_owned();
     let (listener, file) = door.listen()?;
     let work = Work::new(pool);
@@ -79,9 +78,7 @@ async fn serve(pool: Pool, door: Door) -> Result<()> {
     tell("READY=1");
     tokio::select! {
         () = server::accept(listener, &work) => {}
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-        _ = hup.recv() => {}
+        () = stop.wait() => {}
     }
     tell("STOPPING=1");
     // Removed first: who comes now finds nothing.

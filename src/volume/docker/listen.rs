@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use tokio::net::UnixListener;
 
 use crate::control;
-use crate::systemd::{Family, PassedSocket};
+use crate::systemd::{Family, PassedSocket, SocketState};
 
 /// A socket that listens.
 #[derive(Debug)]
@@ -37,13 +37,15 @@ impl Door {
         let mut passed = passed.into_iter();
         match (passed.next(), passed.next()) {
             (None, _) => Door::bind(path),
-            (Some(PassedSocket { fd, family: Family::Unix, .. }), None) => {
+            (Some(PassedSocket { fd, family: Family::Unix, state: SocketState::Listening, .. }), None) => {
                 let listener = StdListener::from(fd);
                 let own = listener.local_addr().ok();
                 let own = own.as_ref().and_then(SocketAddr::as_pathname).unwrap_or(path).to_owned();
                 Ok(Door { listener, path: own, file: None })
             }
-            _ => bail!("socket activation: one Unix socket is wanted, and nothing else"),
+            _ => {
+                bail!("socket activation: one listening Unix socket is wanted (Accept=no), and nothing else")
+            }
         }
     }
 
