@@ -261,12 +261,10 @@ impl Disk {
     /// On tmpfs nothing waits, and holes can be sent like data. Where cachestat(2) shows that there are some, they
     /// are looked for: the search ends within the range.
     fn range_in_memory(&self, offset: u64, len: u64) -> Option<RangeOrHole> {
-        // Pages that were swapped out are missing too, but are no holes.
-        let holes = |stat: sys::CacheStat| stat.cached < self.pages(offset, len) && stat.evicted == 0;
-        if !sys::cachestat(&*self.file, offset, len).is_ok_and(holes) {
+        let end = offset + len;
+        if !sys::cachestat(&*self.file, offset, len).is_ok_and(|stat| self.has_holes(stat, offset, end)) {
             return Some(self.range(offset, len));
         }
-        let end = offset + len;
         let seek = |from| match rustix::fs::seek(&*self.file, from) {
             Ok(place) => Some(place.clamp(offset, end)),
             Err(Errno::NXIO) => Some(end),
@@ -278,6 +276,14 @@ impl Disk {
         }
         let mut hole = offset;
         for _ in 0..MAX_SEEKS / 2 {
+            // Without a hole in the rest of the range, the search would go on behind it.
+            if hole > offset
+                && !sys::cachestat(&*self.file, hole, end - hole)
+                    .is_ok_and(|stat| self.has_holes(stat, hole, end))
+            {
+                hole = end;
+                break;
+            }
             hole = seek(SeekFrom::Hole(hole))?;
             let next = if hole < end { seek(SeekFrom::Data(hole))? } else { end };
             if hole >= end || next >= hole.saturating_add(MIN_HOLE) {
@@ -289,6 +295,12 @@ impl Disk {
         (hole > offset).then(|| self.range(offset, hole - offset))
     }
 
+    /// Whether a range of a file in memory has holes, by what was counted in it. Pages that were swapped out are missing
+    /// too, but are no holes.
+    fn has_holes(&self, stat: sys::CacheStat, start: u64, end: u64) -> bool {
+        stat.cached < self.pages(start, end - start) && stat.evicted == 0
+    }
+
     /// Whether the file is at least this long now.
     fn reaches(&self, end: u64) -> bool {
         self.file.metadata().is_ok_and(|metadata| metadata.len() >= end)
@@ -298,7 +310,7 @@ impl Disk {
         RangeOrHole::Range(FileRange { file: self.file.clone(), offset, len })
     }
 
-    fn pages(&self, offset: u64, len: u64) -> u64 {
+    pub(super) fn pages(&self, offset: u64, len: u64) -> u64 {
         (offset + len).div_ceil(self.fast.page) - offset / self.fast.page
     }
 

@@ -12,10 +12,14 @@ use rustix::io::Errno;
 use super::aio::in_pool;
 use super::{Disk, Kind};
 use crate::extent::{Extent, ExtentKind, MAX_EXTENTS, push_extent};
-use crate::{Error, Flags, Result};
+use crate::{Error, Flags, Result, sys};
 
 /// Most bytes that one request reads ahead.
 const READ_AHEAD: u64 = 256 << 20;
+
+/// Bytes of a file in memory that one system call looks at: at first, and after pieces without a hole.
+const FIRST_PIECE: u64 = 256 << 10;
+const LAST_PIECE: u64 = 64 << 20;
 
 impl Disk {
     /// See [`crate::Backend::block_status`].
@@ -29,7 +33,10 @@ impl Disk {
         match this.kind {
             // The kernel keeps no map of a device.
             Kind::Device(_) => Ok(vec![Extent { len, kind: ExtentKind::Data }]),
-            Kind::Memory => extents(&this.file, offset, len, limit),
+            Kind::Memory => {
+                let disk = this.clone();
+                in_pool(move || disk.memory_extents(offset, len, limit)).await?
+            }
             Kind::Regular => {
                 let file = this.file.clone();
                 in_pool(move || extents(&file, offset, len, limit)).await?
@@ -49,32 +56,65 @@ impl Disk {
     }
 }
 
-/// Describes a range of a file, in at most `limit` extents. What the file system cannot tell is data. Each step
-/// moves on even where the file changes while it is looked at.
-fn extents(file: &File, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>> {
+impl Disk {
+    /// Describes a range of a file in memory. There SEEK_HOLE looks at every page up to the next hole, however far behind
+    /// the range it is. So cachestat(2) looks at a piece first, and SEEK_HOLE is used only if pages are missing in the
+    /// piece: each system call ends with its piece.
+    fn memory_extents(&self, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>> {
+        let (mut place, end, mut piece) = (offset, offset + len, FIRST_PIECE);
+        let mut found = Vec::new();
+        while place < end && found.len() <= limit {
+            let count = (end - place).min(piece);
+            let (run, kind) = match sys::cachestat(&*self.file, place, count) {
+                // Evicted pages of such a file are in swap.
+                Ok(stat) if stat.cached.saturating_add(stat.evicted) >= self.pages(place, count) => {
+                    piece = (piece * 2).min(LAST_PIECE);
+                    (count, ExtentKind::Data)
+                }
+                Ok(_) => {
+                    piece = FIRST_PIECE;
+                    let extent = first_extent(&self.file, place, end)?;
+                    (extent.len, extent.kind)
+                }
+                Err(_) => return extents(&self.file, offset, len, limit),
+            };
+            push_extent(&mut found, run, kind);
+            place += run;
+        }
+        found.truncate(limit);
+        Ok(found)
+    }
+}
+
+/// Describes a range of a file, in at most `limit` extents. Each step moves on even if the file changes meanwhile.
+pub(super) fn extents(file: &File, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>> {
     let end = offset + len;
     let mut place = offset;
     let mut extents = Vec::new();
     while place < end && extents.len() < limit {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(place)) {
-            Ok(data) => data.clamp(place, end),
-            Err(Errno::NXIO) => end,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => place,
-            Err(errno) => return Err(Error::from_errno(errno, "lseek")),
-        };
-        if data > place {
-            push_extent(&mut extents, data - place, ExtentKind::Hole);
-            place = data;
-            continue;
-        }
-        let hole = match rustix::fs::seek(file, SeekFrom::Hole(place)) {
-            Ok(hole) if hole > place => hole.min(end),
-            Ok(_) | Err(Errno::NXIO) => (place + 1).min(end),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
-            Err(errno) => return Err(Error::from_errno(errno, "lseek")),
-        };
-        push_extent(&mut extents, hole - place, ExtentKind::Data);
-        place = hole;
+        let extent = first_extent(file, place, end)?;
+        push_extent(&mut extents, extent.len, extent.kind);
+        place += extent.len;
     }
     Ok(extents)
+}
+
+/// Returns the extent that begins at `place`, which is before `end`. What the file system cannot tell is data.
+fn first_extent(file: &File, place: u64, end: u64) -> Result<Extent> {
+    let data = match rustix::fs::seek(file, SeekFrom::Data(place)) {
+        Ok(data) => data.clamp(place, end),
+        Err(Errno::NXIO) => end,
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => place,
+        Err(errno) => return Err(Error::from_errno(errno, "lseek")),
+    };
+    if data > place {
+        return Ok(Extent { len: data - place, kind: ExtentKind::Hole });
+    }
+    let hole = match rustix::fs::seek(file, SeekFrom::Hole(place)) {
+        Ok(hole) if hole > place => hole.min(end),
+        Ok(_) | Err(Errno::NXIO) => (place + 1).min(end),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
+        Err(errno) => return Err(Error::from_errno(errno, "lseek")),
+    };
+    Ok(Extent { len: hole - place, kind: ExtentKind::Data })
 }

@@ -195,3 +195,50 @@ fn flushes_of_several_workers_share_their_syncs() {
         }
     });
 }
+
+/// Block status of a file in memory against a model, and its time against one lseek(2) over all of the data.
+#[test]
+fn block_status_in_memory_looks_at_the_range_alone() {
+    use crate::{Extent, ExtentKind};
+    use std::os::unix::fs::FileExt;
+    const PAGE: u64 = 4096;
+    let folder = memory();
+    let path = image(&folder, 160 << 20);
+    let backend = open(&path, &FileOptions::default());
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let data = vec![7; 32 << 20];
+    for (start, len) in
+        [(0, 1), (3, 1), (5, 64), (70, 1), (128, 700), (1024, 8192), (20_480, 1), (32_768, 8192)]
+    {
+        file.write_all_at(&data[..usize::try_from(len * PAGE).unwrap()], start * PAGE).unwrap();
+    }
+    let all =
+        |offset: u64, len: u64, limit| super::super::status::extents(&file, offset, len, limit).unwrap();
+    let status = |offset, len, flags| block_on(backend.block_status(offset, len, flags)).unwrap();
+    for (offset, len) in
+        [(0, 160 << 20), (1, 160 << 20), (4096, 5), (PAGE * 128 - 1, 2), (PAGE * 33_000, 9 << 20)]
+    {
+        let len = len.min((160 << 20) - offset);
+        assert_eq!(
+            status(offset, len, Flags::NONE),
+            all(offset, len, crate::extent::MAX_EXTENTS),
+            "{offset} {len}"
+        );
+        assert_eq!(status(offset, len, Flags::REQ_ONE), all(offset, len, 1), "{offset} {len}");
+    }
+    // The last stretch is dense to its end: a search for a hole walks over 32 MiB each time.
+    let place = 32_768 * PAGE;
+    let begun = std::time::Instant::now();
+    for _ in 0..50 {
+        assert_eq!(all(place, 512, 1), [Extent { len: 512, kind: ExtentKind::Data }]);
+    }
+    let walks = begun.elapsed();
+    let begun = std::time::Instant::now();
+    block_on(async {
+        for _ in 0..50 {
+            let found = backend.block_status(place, 512, Flags::REQ_ONE).await.unwrap();
+            assert_eq!(found, [Extent { len: 512, kind: ExtentKind::Data }]);
+        }
+    });
+    assert!(begun.elapsed() < walks, "{:?}, and {walks:?} for walks to the next hole", begun.elapsed());
+}
