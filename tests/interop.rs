@@ -238,3 +238,22 @@ fn nbdcopy_both_ways() {
         }
     }
 }
+
+/// Both tools ask about each export within the handshake that listed them.
+#[test]
+fn common_clients_list_600_exports() {
+    need!("common_clients_list_600_exports", "qemu-nbd", "nbdinfo");
+    let exports: Vec<String> = (0..600).map(|n| format!("volume-{n}=null:1M")).collect();
+    let args: Vec<&str> = exports.iter().flat_map(|export| ["--export", export]).collect();
+    let server = Server::serve(&args);
+    let socket = server.socket();
+    let qemu = run("qemu-nbd", &["--list", "--socket", text(&socket)]);
+    assert!(qemu.contains("exports available: 600"), "{qemu}");
+    let nbdinfo = run("nbdinfo", &["--list", &server.uri("")]);
+    for (listed, start) in [(&qemu, "export: '"), (&nbdinfo, "export=\"")] {
+        for n in [0, 311, 599] {
+            assert!(listed.contains(&format!("{start}volume-{n}")), "{n} of {listed}");
+        }
+        assert_eq!(listed.matches(start).count(), 600);
+    }
+}

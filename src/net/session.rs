@@ -125,7 +125,8 @@ fn too_slow(limit: Duration) -> io::Error {
 
 /// The handshake. None where the client left in good order; else the outcome, and what came behind it.
 async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negotiated, Vec<u8>)>> {
-    let mut handshake = Handshake::new(Limits::default(), TlsPolicy::Disabled);
+    let limits = Limits::default().for_exports(shared.exports.list.len());
+    let mut handshake = Handshake::new(limits, TlsPolicy::Disabled);
     let mut phase = shared.watch_phase();
     send_all(socket, &handshake.greeting()).await?;
     let mut buf = [0; HANDSHAKE_BYTES];

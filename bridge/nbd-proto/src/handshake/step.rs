@@ -16,6 +16,19 @@ pub struct Limits {
     pub max_output_bytes: usize,
 }
 
+/// Options that a client asks for each export that was listed: qemu-nbd has two, nbdinfo up to four.
+const OPTIONS_FOR_EACH_EXPORT: u32 = 8;
+
+impl Limits {
+    /// Returns the limits of a server with so many exports: clients that list them (`qemu-nbd --list`, `nbdinfo --list`)
+    /// ask about each one in the handshake that listed them.
+    #[must_use]
+    pub fn for_exports(self, exports: usize) -> Self {
+        let more = u32::try_from(exports).unwrap_or(u32::MAX).saturating_mul(OPTIONS_FOR_EACH_EXPORT);
+        Limits { max_options: self.max_options.saturating_add(more), ..self }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { max_options: 1024, max_option_bytes: 64 << 10, max_output_bytes: 64 << 10 }
