@@ -17,6 +17,7 @@ mod connection;
 mod directory;
 mod door;
 mod input;
+mod late;
 mod linger;
 mod listener;
 mod output;

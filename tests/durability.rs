@@ -5,6 +5,8 @@
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
 
+#[path = "durability/late.rs"]
+mod late;
 #[path = "durability/passing.rs"]
 mod passing;
 mod support;

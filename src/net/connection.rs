@@ -16,6 +16,7 @@ use nbd_proto::{Negotiated, ReplyStyle, TransmissionFlags};
 use tokio::sync::Notify;
 
 use super::arena::Arena;
+use super::late::Changes;
 use super::output::{Body, Output, Segment, Sent};
 use super::server::Settings;
 use super::socket::Socket;
@@ -35,6 +36,8 @@ pub(super) struct Connection {
     pub(super) contexts: Contexts,
     pub(super) account: Account,
     pub(super) settings: Arc<Settings>,
+    /// Changes that wait for the export.
+    pub(super) changes: Changes,
     /// Requests taken in and not yet answered to the last byte.
     in_flight: Cell<u32>,
     output: RefCell<Output>,
@@ -86,6 +89,7 @@ impl Connection {
             contexts: Contexts { allocation: id(BASE_ALLOCATION), depth: id(ALLOCATION_DEPTH) },
             account,
             settings,
+            changes: Changes::default(),
             in_flight: Cell::new(0),
             output: RefCell::default(),
             closed: Cell::new(false),

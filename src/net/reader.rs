@@ -115,10 +115,12 @@ impl Reader {
     async fn resume_after<T>(&self, wait: impl Future<Output = T>) -> io::Result<T> {
         let connection = &self.connection;
         let begun = Instant::now();
+        connection.changes.pause(true);
         let result = tokio::select! {
             result = wait => result,
             () = connection.reader_wait(|_| ready_if(connection.is_closed())) => return Err(gone()),
         };
+        connection.changes.pause(false);
         let left = match connection.socket.hang_up() {
             HangUp::No => false,
             // A client may end its half and still wait for answers; but one that closed TCP looks the same.
@@ -131,6 +133,7 @@ impl Reader {
     /// Waits until everything in flight is answered and sent.
     async fn finish(&self) -> io::Result<()> {
         let connection = &self.connection;
+        connection.changes.end();
         connection
             .reader_wait(|_| {
                 let idle = connection.in_flight() == 0 && connection.output_is_empty();

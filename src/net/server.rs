@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::clients::ClientList;
 use super::connection::for_each_here;
 use super::directory::Exports;
+use super::late::Registry;
 use super::session;
 
 /// Time for connections that were closed to let go of what they hold.
@@ -58,6 +59,8 @@ pub(super) enum Phase {
 pub(super) struct Shared {
     pub(super) exports: Exports,
     pub(super) settings: Arc<Settings>,
+    /// The connections, with their changes under way.
+    pub(super) registry: Arc<Registry>,
     budget: Arc<Budget>,
     phase: watch::Sender<Phase>,
     clients: watch::Sender<usize>,
@@ -86,6 +89,7 @@ impl Server {
     pub(crate) fn new(exports: Vec<Arc<Export>>, settings: Settings, workers: Arc<Workers>) -> Self {
         let shared = Shared {
             exports: Exports { list: exports.into(), depth: settings.allocation_depth },
+            registry: Arc::default(),
             budget: Budget::new(settings.memory_budget),
             settings: Arc::new(settings),
             phase: watch::Sender::new(Phase::Running),

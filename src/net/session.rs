@@ -39,7 +39,8 @@ async fn serve_client(
     peer: &str,
     account: Account,
 ) -> io::Result<()> {
-    let socket = Socket::new(fd)?;
+    let fd = Arc::new(fd);
+    let socket = Socket::new(fd.clone())?;
     let limit = shared.settings.handshake_limit;
     let outcome = tokio::time::timeout(limit, negotiate(shared, &socket)).await.map_err(|_| {
         io::Error::new(io::ErrorKind::TimedOut, format!("handshake not done within {limit:?}"))
@@ -48,7 +49,15 @@ async fn serve_client(
     // The handshake found it a moment ago, and the list of exports does not change.
     let Some(export) = shared.exports.get(&negotiated.export).cloned() else { return Ok(()) };
     tracing::info!(%peer, export = negotiated.export, style = ?negotiated.style, "client connected");
+    if !shared.registry.settle(&export, limit).await {
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("changes of a client that has left are still under way after {limit:?}"),
+        ));
+    }
     let connection = Connection::new(peer, socket, export, &negotiated, account, shared.settings.clone());
+    let _registered = shared.registry.add(id, &connection.export, &fd, &connection.changes);
+    drop(fd);
     let _listed = Listed::new(id, &connection);
     if shared.phase() != Phase::Running {
         connection.drain();

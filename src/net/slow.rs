@@ -11,6 +11,7 @@ use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Operation, Reply, Request}
 use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
 
 use super::connection::Connection;
+use super::late::Change;
 use super::output::Body;
 use super::translate;
 
@@ -203,7 +204,9 @@ async fn next_piece(connection: &Connection, left: u64) -> (Charge, u64) {
 
 /// Writes one whole request on the slow path.
 pub(super) fn write(answer: Answer, request: Request, data: Buffer, charge: Charge, arrived: Instant) {
+    let change = answer.connection.changes.begin();
     tokio::task::spawn_local(async move {
+        let _change = change;
         match answer.connection.export.execute(request, Some(data), arrived).await {
             Ok(_) => answer.done(charge),
             Err(error) => answer.failed(&error, charge),
@@ -213,7 +216,9 @@ pub(super) fn write(answer: Answer, request: Request, data: Buffer, charge: Char
 
 /// Any request without payload either way, or block status.
 pub(super) fn other(answer: Answer, request: Request, charge: Charge, arrived: Instant) {
+    let change = request.operation.changes_data().then(|| answer.connection.changes.begin());
     tokio::task::spawn_local(async move {
+        let _change = change;
         let connection = answer.connection.clone();
         if request.operation == Operation::BlockStatus {
             return match block_status(&connection, answer.cookie, request, arrived).await {
@@ -264,6 +269,7 @@ pub(super) struct WriteJob {
     outstanding: Cell<u32>,
     complete: Cell<bool>,
     error: RefCell<Option<Error>>,
+    _change: Change,
 }
 
 impl WriteJob {
@@ -271,6 +277,7 @@ impl WriteJob {
     pub(super) fn new(answer: Answer, durable: bool) -> Rc<Self> {
         Rc::new(WriteJob {
             connection: answer.connection.clone(),
+            _change: answer.connection.changes.begin(),
             answer: RefCell::new(Some(answer)),
             durable,
             outstanding: Cell::new(0),

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -21,7 +22,7 @@ const SEND_BUFFER_BYTES: usize = 1 << 20;
 
 /// The socket of one connection.
 pub(super) struct Socket {
-    fd: AsyncFd<OwnedFd>,
+    fd: AsyncFd<Arc<OwnedFd>>,
     /// Bytes since the beginning, counted once for each call.
     received: Cell<u64>,
     sent: Cell<u64>,
@@ -29,7 +30,7 @@ pub(super) struct Socket {
 
 impl Socket {
     /// Takes a connected, non-blocking socket into the event queue of this thread's runtime.
-    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub(super) fn new(fd: Arc<OwnedFd>) -> io::Result<Self> {
         if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) {
             // It gets what the system allows: a smaller buffer only means more waits for the peer.
             let _ = sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER_BYTES);
@@ -43,18 +44,18 @@ impl Socket {
     pub(super) fn poll_readable<'a>(
         &'a self,
         cx: &mut Context<'_>,
-    ) -> Poll<io::Result<AsyncFdReadyGuard<'a, OwnedFd>>> {
+    ) -> Poll<io::Result<AsyncFdReadyGuard<'a, Arc<OwnedFd>>>> {
         self.fd.poll_read_ready(cx)
     }
 
     /// Like `poll_readable`, as a future. Cancel-safe.
-    pub(super) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+    pub(super) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
         self.fd.readable().await
     }
 
     /// What tells when there is room to send again: for as long as somebody waits for that, and no longer.
     pub(super) fn send_room(&self) -> io::Result<SendRoom> {
-        Ok(SendRoom(register(self.fd.get_ref().try_clone()?, Interest::WRITABLE)?))
+        Ok(SendRoom(register(Arc::new(self.fd.get_ref().try_clone()?), Interest::WRITABLE)?))
     }
 
     /// Receives what is there; 0 at the peer's end, None when there is nothing yet.
@@ -106,18 +107,7 @@ impl Socket {
 
     /// Whether the peer has hung up, as far as its kernel has told ours.
     pub(super) fn hang_up(&self) -> HangUp {
-        let mut polled = [PollFd::new(&self.fd, PollFlags::RDHUP)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // An error is no proof: then sending finds out.
-        let _ = rustix::event::poll(&mut polled, Some(&now));
-        let events = polled[0].revents();
-        if events.intersects(PollFlags::HUP | PollFlags::ERR) {
-            HangUp::Full
-        } else if events.contains(PollFlags::RDHUP) {
-            HangUp::Half
-        } else {
-            HangUp::No
-        }
+        hang_up(&self.fd)
     }
 
     /// Ends both directions: every later call fails or finds the end, the peer sees a close.
@@ -128,19 +118,36 @@ impl Socket {
 }
 
 /// Tells when there may be room to send.
-pub(super) struct SendRoom(AsyncFd<OwnedFd>);
+pub(super) struct SendRoom(AsyncFd<Arc<OwnedFd>>);
 
 impl SendRoom {
     /// Waits until there may be room. The guard must be cleared when there was none. Cancel-safe.
-    pub(super) async fn ready(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+    pub(super) async fn ready(&self) -> io::Result<AsyncFdReadyGuard<'_, Arc<OwnedFd>>> {
         self.0.writable().await
     }
 }
 
-fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd keeps the one descriptor it owns open and unchanged for as long as it lives.
+fn register(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: an OwnedFd keeps the one descriptor it owns open and unchanged for as long as it lives, and an Arc
+    // keeps its OwnedFd, of which nobody has a mutable reference.
     let fd = unsafe { AsyncFd::register_with_interest(fd, interest) }?;
     Ok(fd)
+}
+
+/// Tells whether the peer of a socket has hung up, as far as its kernel has told ours.
+pub(super) fn hang_up(socket: &impl AsFd) -> HangUp {
+    let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // An error is no proof: then sending finds out.
+    let _ = rustix::event::poll(&mut polled, Some(&now));
+    let events = polled[0].revents();
+    if events.intersects(PollFlags::HUP | PollFlags::ERR) {
+        HangUp::Full
+    } else if events.contains(PollFlags::RDHUP) {
+        HangUp::Half
+    } else {
+        HangUp::No
+    }
 }
 
 /// What is known of a peer's leaving.

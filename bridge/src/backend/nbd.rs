@@ -151,11 +151,11 @@ impl NbdBackend {
         Ok(())
     }
 
-    /// The flag that every change has where nothing is taken on trust.
+    /// Returns the flag that every change has where nothing is taken on trust, or where the server has no flush.
     fn durability(&self) -> CommandFlags {
         match self.config.options.reconnect {
-            Reconnect::Trust => CommandFlags::empty(),
-            Reconnect::Strict => CommandFlags::FUA,
+            Reconnect::Trust if !self.config.shape.flushes_by_fua() => CommandFlags::empty(),
+            _ => CommandFlags::FUA,
         }
     }
 
@@ -230,6 +230,9 @@ impl Backend for NbdBackend {
 
     /// On any link: where there are several, the server has promised that a flush covers what was answered on all.
     fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        if self.config.shape.flushes_by_fua() {
+            return Box::pin(ready(Ok(())));
+        }
         let ask = Ask { command: Command::Flush, flags: CommandFlags::empty(), offset: 0, len: 0 };
         Box::pin(async move { self.ask_server(ask, Data::None).await.0 })
     }

@@ -142,3 +142,24 @@ fn servers_that_cannot_be_used_are_told_in_a_line() {
     let error = NbdBackend::open(&nobody, &brief).err().unwrap().to_string();
     assert!(error.contains("cannot connect to 127.0.0.1:1: Connection refused"), "{error}");
 }
+
+#[test]
+fn a_server_with_fua_and_no_flush_gets_fua_on_every_change() {
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let flags = TransmissionFlags(ALL_FLAGS.0 & !TransmissionFlags::SEND_FLUSH.0);
+    let note = seen.clone();
+    let server = Server::with_script(Offer { flags, ..offer(STRUCTURED) }, move |seen| {
+        note.lock().unwrap().push((seen.request.command, seen.request.flags.contains(CommandFlags::FUA)));
+        Act::Well
+    });
+    let disk = server.open(&NbdOptions::default());
+    assert!(disk.geometry().capabilities.contains(Capabilities::FLUSH | Capabilities::FUA));
+    run(async {
+        disk.write(0, Buffer::copy_of(&[1; 8192]), Flags::NONE).await.unwrap();
+        disk.write_zeroes(0, 4096, Flags::NONE).await.unwrap();
+        disk.trim(4096, 4096, Flags::NONE).await.unwrap();
+        disk.flush().await.unwrap();
+    });
+    let expected = [Command::Write, Command::WriteZeroes, Command::Trim].map(|command| (command, true));
+    assert_eq!(*seen.lock().unwrap(), expected, "no flush is sent to a server that has none");
+}

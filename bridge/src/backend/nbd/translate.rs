@@ -36,6 +36,12 @@ impl Shape {
         }
     }
 
+    /// Whether the server has FUA and no flush: then every change is sent with FUA, and a flush has nothing to do.
+    pub(super) fn flushes_by_fua(&self) -> bool {
+        self.flags.contains(TransmissionFlags::SEND_FUA)
+            && !self.flags.contains(TransmissionFlags::SEND_FLUSH)
+    }
+
     /// Whether there may be more than one connection.
     pub(super) fn multi_conn(&self) -> bool {
         self.flags.contains(TransmissionFlags::CAN_MULTI_CONN)
@@ -101,6 +107,10 @@ fn geometry(info: &ExportInfo) -> Geometry {
         if info.flags.contains(flag) {
             capabilities = capabilities | capability;
         }
+    }
+    // See `Shape::flushes_by_fua`.
+    if capabilities.contains(Capabilities::FUA) {
+        capabilities = capabilities | Capabilities::FLUSH | Capabilities::MULTI_CONN;
     }
     if capabilities.contains(Capabilities::READ_ONLY) {
         let changes =
