@@ -121,6 +121,15 @@ fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn B
             (found.start, found.len)
         }
     };
+    let block = u64::from(stack.geometry().min_block);
+    let whole_blocks = start.is_multiple_of(block) && (len.is_multiple_of(block) || start + len == whole);
+    ensure!(
+        whole_blocks,
+        UsageError::new(format!(
+            "{source}: the part from {start} on, of {len} bytes, cannot be served: the source has blocks of {block} \
+             bytes; choose an --offset and --size that are multiples of it, or serve all of the source"
+        ))
+    );
     Ok(Box::new(Slice::new(stack, start, len)))
 }
 

@@ -96,7 +96,7 @@ fn recover(recover: RecoverArgs) -> Result<ExitCode> {
 /// Makes a block device by the best door of this host, or the one that is asked for.
 fn attach(action: AttachAction) -> Result<ExitCode> {
     let by_ublk = match action.door {
-        BlockDoor::Auto => ublk::is_here(),
+        BlockDoor::Auto => ublk::is_here() && ublk::can_show(&action.by_loop),
         BlockDoor::Ublk => true,
         BlockDoor::Fuse => false,
     };

@@ -16,6 +16,7 @@ mod clients;
 mod connection;
 mod directory;
 mod door;
+mod gather;
 mod input;
 mod late;
 mod linger;

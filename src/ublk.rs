@@ -31,6 +31,10 @@ mod watched;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use bridge::backend::nbd::NbdBackend;
+use nbd_proto::Goal;
+
+use crate::cli::{ServeArgs, Source};
 
 pub(crate) use door::UblkDoor;
 pub(crate) use holders::openers;
@@ -40,6 +44,14 @@ pub(crate) use supervise::run;
 /// Whether this host can make such devices, and this user.
 pub(crate) fn is_here() -> bool {
     rustix::process::geteuid().is_root() && control::Control::open().is_ok()
+}
+
+/// Whether a device can show the first source, as far as a remote server tells beforehand. What cannot be learnt is left
+/// to the one that opens the source.
+pub(crate) fn can_show(args: &ServeArgs) -> bool {
+    let Some(Source::Remote(source)) = args.exports.first().map(|export| &export.source) else { return true };
+    let asked = NbdBackend::ask(&source.uri, Goal::Info, &args.source.remote.options(source));
+    asked.into_iter().flatten().flat_map(|listed| listed.info).all(|info| translate::can_show(info.min_block))
 }
 
 /// What the process must be before it opens a source.

@@ -5,6 +5,10 @@
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
 
+#[path = "remote/blocks.rs"]
+mod blocks;
+#[path = "remote/status.rs"]
+mod status;
 mod support;
 
 use std::path::Path;
@@ -378,4 +382,28 @@ fn info_lists_more_exports_than_fit_into_one_handshake() {
             "{all}"
         );
     }
+}
+
+#[test]
+fn a_large_durable_write_to_a_server_without_flush_is_durable() {
+    need!("a_large_durable_write_to_a_server_without_flush_is_durable", "nbdkit");
+    let peer = Peer::nbdkit(&[
+        "eval",
+        "get_size=echo 8M",
+        "can_write=exit 0",
+        "can_flush=exit 3",
+        "can_fua=echo native",
+        "pread=dd if=/dev/zero count=$3 iflag=count_bytes status=none",
+        "pwrite=cat > /dev/null; echo \"$3 $4 $5\" >> {}/seen",
+    ]);
+    let server = Server::serve(&[&peer.uri()]);
+    for style in support::STYLES {
+        let mut client = server.client(style);
+        let answer = client.call_write(nbd_proto::CommandFlags::FUA, 0, &vec![5; 2 * MIB]);
+        assert_eq!(answer.error, None, "{style:?}: {}", server.log());
+        client.write(4096, &[6; 4096]);
+        client.flush();
+    }
+    let seen = std::fs::read_to_string(peer.folder.path().join("seen")).unwrap();
+    assert!(seen.lines().count() >= 6 && seen.lines().all(|line| line.ends_with(" fua")), "{seen}");
 }

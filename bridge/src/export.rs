@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use tokio::sync::{Mutex, watch};
 
+use crate::extent::part_of;
 use crate::layer::{ReadOnly, Throttle, ThrottleHandle};
 use crate::stats::Stats;
 use crate::{
@@ -186,6 +187,33 @@ impl Export {
         };
         self.record(&request, result.is_ok(), arrived);
         result
+    }
+
+    /// Returns the kinds of the runs from `offset` on, at most `len` bytes of them. Unlike those of
+    /// [`Export::execute`], the range need not be one of whole blocks: an extent may end within a block.
+    ///
+    /// # Errors
+    /// As [`Export::execute`].
+    pub async fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: Flags,
+        arrived: Instant,
+    ) -> Result<Vec<Extent>> {
+        let geometry = self.geometry();
+        let (start, end) = geometry.whole_blocks(offset, len);
+        let request = Request::new(Operation::BlockStatus, start, end - start);
+        if start == offset || !flags.contains(Flags::REQ_ONE) {
+            let reply = self.execute(request.with_flags(flags), None, arrived).await?;
+            let Reply::Extents(extents) = reply else {
+                return Err(Error::new(ErrorKind::Io, "block status brought no extents"));
+            };
+            return Ok(part_of(&extents, offset - start, len));
+        }
+        // The one extent that is asked for may end before `offset`.
+        let all = Box::pin(self.extents(offset, len, flags.without(Flags::REQ_ONE), arrived)).await?;
+        Ok(all.into_iter().take(1).collect())
     }
 
     /// Checks a request against the present shape.

@@ -9,6 +9,20 @@ pub enum ExtentKind {
     Zero,
     /// Not allocated, and reads as zeroes.
     Hole,
+    /// Not allocated, content unknown: a remote export's `NBD_STATE_HOLE` without `NBD_STATE_ZERO`.
+    HoleNotZero,
+}
+
+impl ExtentKind {
+    /// Whether the run is known to read as zeroes.
+    pub fn reads_as_zeroes(self) -> bool {
+        matches!(self, ExtentKind::Zero | ExtentKind::Hole)
+    }
+
+    /// Whether the run takes up space.
+    pub fn is_allocated(self) -> bool {
+        matches!(self, ExtentKind::Data | ExtentKind::Zero)
+    }
 }
 
 /// A run of bytes of one kind. Its place follows from the runs before it.
@@ -31,6 +45,19 @@ pub struct Depth {
 
 /// Most extents that one block-status request answers with.
 pub const MAX_EXTENTS: usize = 4096;
+
+/// Returns the part of `extents` between `skip` and `skip + len` bytes from their start.
+pub fn part_of(extents: &[Extent], mut skip: u64, mut len: u64) -> Vec<Extent> {
+    let mut part = Vec::new();
+    for extent in extents {
+        let skipped = skip.min(extent.len);
+        let kept = (extent.len - skipped).min(len);
+        push_extent(&mut part, kept, extent.kind);
+        skip -= skipped;
+        len -= kept;
+    }
+    part
+}
 
 /// Appends a run, joining it with the last one where the kinds agree.
 pub fn push_extent(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {

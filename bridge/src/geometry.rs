@@ -77,4 +77,57 @@ impl Geometry {
     pub fn read_only(&self) -> bool {
         self.capabilities.contains(Capabilities::READ_ONLY)
     }
+
+    /// Returns the longest length, at most `most` bytes, at which a request that begins at `offset` may be cut in two:
+    /// the second part begins on a block. 0 if no block ends within `most` bytes.
+    pub fn cut(&self, offset: u64, most: u64) -> u64 {
+        let block = u64::from(self.min_block.max(1));
+        let end = offset.saturating_add(most);
+        (end - end % block).saturating_sub(offset)
+    }
+
+    /// Returns a range that is widened to whole blocks, as its start and its end. Where the size is no multiple of
+    /// the block, the last block is a shorter one.
+    pub fn whole_blocks(&self, offset: u64, len: u64) -> (u64, u64) {
+        let mask = u64::from(self.min_block.max(1)) - 1;
+        let end = offset.saturating_add(len);
+        let up = end.checked_add(mask).map_or(u64::MAX, |end| end & !mask);
+        (offset & !mask, up.min(self.size.max(end)))
+    }
+
+    /// Returns the length of pieces that a request is done in: whole blocks, at most `most` bytes of them. A block that
+    /// is longer than `most` is a piece of its own.
+    pub fn piece(&self, most: u32) -> u32 {
+        let block = self.min_block.max(1);
+        (most - most % block).max(block)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cut_is_at_a_block() {
+        let geometry = |min_block| Geometry {
+            version: 0,
+            size: 1 << 30,
+            min_block,
+            preferred_block: 1 << 16,
+            capabilities: Capabilities::NONE,
+        };
+        for (min_block, offset, most, cut, piece) in [
+            (1, 7, 1000, 1000, 1000),
+            (512, 512, 1000, 512, 512),
+            (4096, 8192, 4095, 0, 4096),
+            (4096, 8192, 15 << 10, 12 << 10, 12 << 10),
+            (1 << 16, 1 << 16, 15 << 10, 0, 1 << 16),
+            (1 << 16, 1 << 16, (1 << 20) + 5, 1 << 20, 1 << 20),
+        ] {
+            let geometry = geometry(min_block);
+            assert_eq!(geometry.cut(offset, most), cut, "{min_block} {offset} {most}");
+            assert_eq!(geometry.piece(u32::try_from(most).unwrap()), piece, "{min_block} {most}");
+        }
+        assert_eq!(geometry(4096).cut(u64::MAX - 4095, 8192), 0, "no overflow");
+    }
 }

@@ -127,7 +127,7 @@ impl Run {
         let sector = Sector { stamps: vec![0], answered: 1, oldest: 0 };
         Rc::new(Run {
             stack,
-            disk: Disk { export, kind: Kind::Stores },
+            disk: Disk::new(export, Kind::Stores),
             handle,
             sectors: RefCell::new(vec![sector; count]),
             next_stamp: Cell::new(1),

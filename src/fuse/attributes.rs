@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use bridge::{Export, ExtentKind, Flags, Operation, Reply, Request};
+use bridge::{Export, Flags, Operation};
 use fuser::{FileAttr, FileType, INodeNo};
 
 /// What block status is asked at once, in bytes.
@@ -155,11 +155,10 @@ async fn walk(export: &Export, size: u64, bytes: &mut u64) {
     let mut offset = 0;
     while offset < size {
         let len = (size - offset).min(STEP);
-        let request = Request::new(Operation::BlockStatus, offset, len).with_flags(Flags::NONE);
-        let Ok(Reply::Extents(extents)) = export.execute(request, None, Instant::now()).await else { return };
+        let Ok(extents) = export.extents(offset, len, Flags::NONE, Instant::now()).await else { return };
         let before = offset;
         for extent in extents {
-            if extent.kind == ExtentKind::Hole {
+            if !extent.kind.is_allocated() {
                 *bytes -= extent.len.min(*bytes);
             }
             offset += extent.len;

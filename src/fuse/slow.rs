@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bridge::{
-    Account, Buffer, Capabilities, Charge, Error, ErrorKind, Export, ExtentKind, Flags, Operation, Reply,
-    Request, Result,
+    Account, Buffer, Capabilities, Charge, Error, ErrorKind, Export, Flags, Operation, Reply, Request, Result,
 };
 use fuser::{Errno, ReplyAttr, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
 use tokio::sync::RwLock;
@@ -175,7 +174,7 @@ async fn charge(account: &Arc<Account>, asked: &Request) -> Charge {
 
 /// Reads, and tells which part of the buffer was asked for.
 async fn read(export: &Export, asked: Request, arrived: Instant) -> Result<(Buffer, Range<usize>)> {
-    let (start, end) = whole_blocks(export, asked.offset, asked.len);
+    let (start, end) = export.geometry().whole_blocks(asked.offset, asked.len);
     let wider = Request { offset: start, len: end - start, ..asked };
     let buf = Buffer::new(length(wider.len));
     match export.execute(wider, Some(buf), arrived).await? {
@@ -199,7 +198,7 @@ async fn write(
     if flush {
         asked.flags = asked.flags.without(Flags::FUA);
     }
-    let (start, end) = whole_blocks(export, asked.offset, asked.len);
+    let (start, end) = export.geometry().whole_blocks(asked.offset, asked.len);
     if (start, end - start) == (asked.offset, asked.len) {
         let _others = blocks.read().await;
         export.execute(asked, Some(data), arrived).await?;
@@ -256,16 +255,15 @@ async fn seek(export: &Export, offset: u64, data: bool) -> Result<Option<u64>> {
     if offset >= size {
         return Ok(None);
     }
-    let (mut place, _) = whole_blocks(export, offset, 1);
+    let mut place = offset;
     while place < size {
         let len = SEEK_STEP.min(size - place);
-        let asked = Request::new(Operation::BlockStatus, place, len).with_flags(Flags::REQ_ONE);
-        let Reply::Extents(extents) = export.execute(asked, None, Instant::now()).await? else { break };
+        let extents = export.extents(place, len, Flags::REQ_ONE, Instant::now()).await?;
         let before = place;
         for extent in extents {
             let end = place + extent.len;
-            if (extent.kind == ExtentKind::Data) == data && end > offset {
-                return Ok(Some(place.max(offset)));
+            if extent.kind.reads_as_zeroes() != data {
+                return Ok(Some(place));
             }
             place = end;
         }
@@ -275,16 +273,6 @@ async fn seek(export: &Export, offset: u64, data: bool) -> Result<Option<u64>> {
         tokio::task::yield_now().await;
     }
     Ok((!data).then_some(size))
-}
-
-/// A range, widened to whole blocks of the source.
-fn whole_blocks(export: &Export, offset: u64, len: u64) -> (u64, u64) {
-    let geometry = export.geometry();
-    let mask = u64::from(geometry.min_block) - 1;
-    let end = offset + len;
-    let up = end.checked_add(mask).map_or(u64::MAX, |end| end & !mask);
-    // The last block may be a shorter one.
-    (offset & !mask, up.min(geometry.size.max(end)))
 }
 
 /// A length that is no longer than a request and two blocks.

@@ -159,7 +159,7 @@ fn kind_name(kind: ExtentKind) -> &'static str {
     match kind {
         ExtentKind::Data => "data",
         ExtentKind::Zero => "zero",
-        ExtentKind::Hole => "hole",
+        ExtentKind::Hole | ExtentKind::HoleNotZero => "hole",
     }
 }
 

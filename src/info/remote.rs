@@ -148,6 +148,7 @@ fn words(kind: ExtentKind) -> (u8, &'static str) {
         ExtentKind::Data => (0, "data"),
         ExtentKind::Zero => (2, "zero"),
         ExtentKind::Hole => (3, "hole,zero"),
+        ExtentKind::HoleNotZero => (1, "hole"),
     }
 }
 

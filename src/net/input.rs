@@ -7,6 +7,7 @@ use nbd_proto::NbdError;
 
 use super::arena::{RECEIVE_BYTES, RECEIVE_CHARGE, SMALL_BYTES};
 use super::connection::Connection;
+use super::gather::Gather;
 use super::slow::WriteJob;
 
 /// Bytes to receive where a request like the last is expected, whose payload need not be copied.
@@ -18,6 +19,8 @@ pub(super) enum Payload {
     Skip { left: u64, cookie: u64, offset: u64, error: NbdError },
     /// Stored piece by piece.
     Store { left: u64, offset: u64, flags: Flags, job: Rc<WriteJob> },
+    /// Gathered into pieces of whole blocks, which may be longer than what a connection keeps of its input.
+    Gather(Gather),
 }
 
 /// Why a pass ended.

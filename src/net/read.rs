@@ -3,7 +3,6 @@
 use std::io;
 use std::time::Instant;
 
-use bridge::admission::RESERVE_BYTES;
 use bridge::zero::is_zero;
 use bridge::{Charge, Data, Flags, RangeOrHole, Request};
 use nbd_proto::{
@@ -16,7 +15,7 @@ use super::input::Stop;
 use super::output::Sent;
 use super::pass::Step;
 use super::reader::Reader;
-use super::slow::{self, OVERHEAD_BYTES, PIECE_BYTES, SMALL_PIECE_BYTES};
+use super::slow::{self, OVERHEAD_BYTES, PIECE_BYTES, small_piece};
 use super::translate;
 
 /// Reads up to this many bytes are answered from the arena.
@@ -81,15 +80,15 @@ impl Reader {
     fn slow_read(&mut self, wire: &WireRequest, request: Request, whole: bool, arrived: Instant) -> Step {
         let len = u32::try_from(request.len).unwrap_or(u32::MAX);
         let wanted = if whole { len } else { len.min(PIECE_BYTES) };
-        let small = wanted.min(SMALL_PIECE_BYTES);
+        let small = wanted.min(small_piece(&self.connection));
         let (charge, piece) = match self.permit(wanted + OVERHEAD_BYTES) {
             Some(charge) => (charge, wanted),
-            None if whole && wanted > small => match self.permit(RESERVE_BYTES) {
+            None if whole && wanted > small => match self.permit(small + OVERHEAD_BYTES) {
                 Some(charge) => {
-                    slow::read_stream(self.owe(wire), request, charge, arrived);
+                    slow::read_stream(self.owe(wire), request, small, charge, arrived);
                     return Step::Used(0);
                 }
-                None => return Step::Stop(Stop::Charge(RESERVE_BYTES)),
+                None => return Step::Stop(Stop::Charge(small + OVERHEAD_BYTES)),
             },
             None => match self.permit(small + OVERHEAD_BYTES) {
                 Some(charge) => (charge, small),

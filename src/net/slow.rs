@@ -28,6 +28,12 @@ const _: () = assert!(STATUS_BYTES as usize > 48 * bridge::extent::MAX_EXTENTS);
 /// A piece that fits into a connection's own reserve together with its overhead.
 pub(super) const SMALL_PIECE_BYTES: u32 = RESERVE_BYTES - OVERHEAD_BYTES;
 
+/// Returns the length of a piece when memory is short, in bytes: what the reserve covers, in whole blocks. A block that is
+/// longer than the reserve has to wait for its memory.
+pub(super) fn small_piece(connection: &Connection) -> u32 {
+    connection.export.geometry().piece(SMALL_PIECE_BYTES)
+}
+
 /// The answer that a request still owes. It is given exactly once: dropped without, it is EIO.
 pub(super) struct Answer {
     connection: Rc<Connection>,
@@ -140,9 +146,15 @@ pub(super) fn read(
     });
 }
 
-/// Reads what must be answered in one chunk or as plain data, in pieces that a reserve covers, when memory is short.
-/// After the head is out, a failure can only be told by closing the connection.
-pub(super) fn read_stream(answer: Answer, mut request: Request, charge: Charge, arrived: Instant) {
+/// Reads what must be answered in one chunk or as plain data, in pieces of `piece` bytes, which `charge` covers, when memory
+/// is short. After the head is out, a failure can only be told by closing the connection.
+pub(super) fn read_stream(
+    answer: Answer,
+    mut request: Request,
+    piece: u32,
+    charge: Charge,
+    arrived: Instant,
+) {
     tokio::task::spawn_local(async move {
         let connection = answer.connection.clone();
         let _alone = connection.streaming.lock().await;
@@ -161,9 +173,9 @@ pub(super) fn read_stream(answer: Answer, mut request: Request, charge: Charge, 
         );
         let mut answer = Some(answer);
         while request.offset < end && !connection.is_closed() {
-            request.len = (end - request.offset).min(u64::from(SMALL_PIECE_BYTES));
+            request.len = (end - request.offset).min(u64::from(piece));
             let last = request.offset + request.len == end;
-            let buffer = Buffer::new(SMALL_PIECE_BYTES.min(u32::try_from(request.len).unwrap_or(0)) as usize);
+            let buffer = Buffer::new(usize::try_from(request.len).unwrap_or_default());
             let data = match (connection.export.execute(request, Some(buffer), arrived).await, answer.take())
             {
                 (Ok(Reply::Data(data)), None) => data,
@@ -196,7 +208,7 @@ async fn next_piece(connection: &Connection, left: u64) -> (Charge, u64) {
     match connection.account.try_charge(large + OVERHEAD_BYTES) {
         Some(charge) => (charge, u64::from(large)),
         None => {
-            let small = large.min(SMALL_PIECE_BYTES);
+            let small = large.min(small_piece(connection));
             (connection.account.charge(small + OVERHEAD_BYTES).await, u64::from(small))
         }
     }

@@ -16,7 +16,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use super::input::Payload;
 use super::reader::Reader;
 use super::socket::Socket;
-use super::write::{STORE_BYTES, whole_pages};
+use super::write::{STORE_LEN, whole_pages};
 
 /// Most bytes moved at once: what a file stores on the caller's thread.
 const SPLICE_BYTES: usize = 256 << 10;
@@ -85,10 +85,13 @@ impl Reader {
         let Some(Payload::Store { left, offset, flags, job }) = self.input.payload.take() else {
             return Err(io::Error::other("a payload was spliced that is not to be stored"));
         };
-        let piece = whole_pages(offset, available, left);
+        let geometry = self.connection.export.geometry();
+        let piece = whole_pages(&geometry, offset, available, left);
         let request = Request::new(Operation::Write, offset, piece as u64).with_flags(flags);
         let data = Data::Piped(Piped { pipe: pipe.read.as_fd(), len: piece });
-        let stored = match self.connection.export.try_execute(&request, data, Instant::now()) {
+        // Without a complete block there is nothing to store yet.
+        let export = (piece > 0).then_some(&self.connection.export);
+        let stored = match export.and_then(|export| export.try_execute(&request, data, Instant::now())) {
             None => {
                 self.splicing.found(false);
                 self.input.payload = Some(Payload::Store { left, offset, flags, job });
@@ -127,7 +130,7 @@ impl Reader {
         let kept = self.input.unprocessed().len();
         let room = SPLICE_BYTES.checked_sub(kept).filter(|_| kept <= MOST_KEPT)?;
         let wanted = usize::try_from(*left).unwrap_or(usize::MAX).saturating_sub(kept).min(room);
-        let worth_it = wanted >= STORE_BYTES && !job.has_failed() && self.splicing.is_worth_it();
-        (worth_it && self.connection.socket.waiting() >= STORE_BYTES).then_some(wanted)
+        let worth_it = wanted >= STORE_LEN && !job.has_failed() && self.splicing.is_worth_it();
+        (worth_it && self.connection.socket.waiting() >= STORE_LEN).then_some(wanted)
     }
 }

@@ -107,6 +107,7 @@ pub(super) fn allocation(extent: &Extent) -> (u64, u32) {
         ExtentKind::Data => 0,
         ExtentKind::Zero => STATE_ZERO,
         ExtentKind::Hole => STATE_HOLE | STATE_ZERO,
+        ExtentKind::HoleNotZero => STATE_HOLE,
     };
     (extent.len, state)
 }

@@ -4,10 +4,11 @@ use std::io;
 use std::rc::Rc;
 use std::time::Instant;
 
-use bridge::{Buffer, Data, Flags, Operation, Request};
+use bridge::{Buffer, Capabilities, Data, Flags, Geometry, Operation, Request};
 use nbd_proto::Request as WireRequest;
 
 use super::arena::{Arena, HEAD_BYTES, RECEIVE_BYTES, SMALL_BYTES};
+use super::gather::{Gather, UNGATHERED_BLOCK};
 use super::input::{Payload, Stop};
 use super::pass::Step;
 use super::reader::Reader;
@@ -15,7 +16,13 @@ use super::slow::{self, OVERHEAD_BYTES, SMALL_PIECE_BYTES, WriteJob};
 use super::translate;
 
 /// Part of a large payload that is stored at once, at least; a smaller write is stored whole.
-pub(super) const STORE_BYTES: usize = 64 << 10;
+pub(super) const STORE_BYTES: u32 = 64 << 10;
+
+/// The same as a length in memory.
+pub(super) const STORE_LEN: usize = STORE_BYTES as usize;
+
+/// What storage changes as a whole, in bytes.
+const PAGE: u32 = 4096;
 
 /// A piece that a connection's own reserve covers.
 const SMALL_PIECE: usize = SMALL_PIECE_BYTES as usize;
@@ -60,7 +67,7 @@ impl Reader {
             }
             return Ok(Step::Used(head + len));
         }
-        if len <= STORE_BYTES.min(self.input_window() / 2) {
+        if len <= STORE_LEN.min(self.input_window() / 2) {
             return Ok(Step::Stop(Stop::NeedMore));
         }
         Ok(self.store_in_pieces(wire, request, head))
@@ -68,12 +75,15 @@ impl Reader {
 
     /// Takes in the head of a write whose payload will be stored as it comes.
     fn store_in_pieces(&mut self, wire: &WireRequest, request: Request, head: usize) -> Step {
-        let job = WriteJob::new(self.owe(wire), request.flags.contains(Flags::FUA));
-        self.input.payload = Some(Payload::Store {
-            left: request.len,
-            offset: request.offset,
-            flags: request.flags.without(Flags::FUA),
-            job,
+        let geometry = self.connection.export.geometry();
+        // One flush makes all pieces durable; without it, each piece has to be durable by itself.
+        let flush = request.flags.contains(Flags::FUA) && geometry.capabilities.contains(Capabilities::FLUSH);
+        let flags = if flush { request.flags.without(Flags::FUA) } else { request.flags };
+        let job = WriteJob::new(self.owe(wire), flush);
+        let (left, offset) = (request.len, request.offset);
+        self.input.payload = Some(match geometry.min_block <= UNGATHERED_BLOCK {
+            true => Payload::Store { left, offset, flags, job },
+            false => Payload::Gather(Gather { left, offset, flags, job, piece: None }),
         });
         Step::Used(head)
     }
@@ -107,6 +117,7 @@ impl Reader {
             Payload::Store { left, offset, flags, job } => {
                 self.store(left, offset, flags, job, bytes, arrived)
             }
+            Payload::Gather(gather) => Ok(self.gather_payload(gather, bytes, arrived)),
         }
     }
 
@@ -121,11 +132,12 @@ impl Reader {
         arrived: Instant,
     ) -> io::Result<Step> {
         let available = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        if (available as u64) < left && available < STORE_BYTES.min(self.input_window() / 2) {
+        if (available as u64) < left && available < STORE_LEN.min(self.input_window() / 2) {
             self.input.payload = Some(Payload::Store { left, offset, flags, job });
             return Ok(Step::Stop(Stop::NeedMore));
         }
-        let mut piece = whole_pages(offset, available, left);
+        let geometry = self.connection.export.geometry();
+        let mut piece = whole_pages(&geometry, offset, available, left);
         let request = |piece| Request::new(Operation::Write, offset, piece as u64).with_flags(flags);
         if !job.has_failed() {
             match self.connection.export.try_execute(&request(piece), Data::From(&bytes[..piece]), arrived) {
@@ -137,7 +149,7 @@ impl Reader {
                         |piece| u32::try_from(piece).unwrap_or(u32::MAX).saturating_add(OVERHEAD_BYTES);
                     let mut charge = self.permit(bytes_of(piece));
                     if charge.is_none() {
-                        piece = whole_pages(offset, piece.min(SMALL_PIECE), left);
+                        piece = whole_pages(&geometry, offset, piece.min(SMALL_PIECE), left);
                         charge = self.permit(bytes_of(piece));
                     }
                     let Some(charge) = charge else {
@@ -167,12 +179,16 @@ impl Reader {
     }
 }
 
-/// The part of `available` bytes at `offset` that ends on a whole page, so that storage is not asked to change parts
-/// of one twice; all of them where they are the last, or hold no page's end.
-pub(super) fn whole_pages(offset: u64, available: usize, left: u64) -> usize {
+/// Returns how many of `available` bytes at `offset` to store at once. They end on a whole page, so that storage is not
+/// asked to change parts of one twice, or at least on a block; all of them where they are the last.
+pub(super) fn whole_pages(geometry: &Geometry, offset: u64, available: usize, left: u64) -> usize {
     if available as u64 == left {
         return available;
     }
-    let past_page = usize::try_from((offset + available as u64) % 4096).unwrap_or_default();
-    if past_page < available { available - past_page } else { available }
+    let pages = Geometry { min_block: geometry.min_block.max(PAGE), ..*geometry };
+    let cut = match pages.cut(offset, available as u64) {
+        0 => geometry.cut(offset, available as u64),
+        cut => cut,
+    };
+    usize::try_from(cut).unwrap_or(available)
 }

@@ -52,7 +52,8 @@ impl Device {
     pub(super) fn create(export: Arc<Export>, args: &UblkArgs, record: Record) -> Result<Self> {
         let mut control = Control::open()?;
         let geometry = export.geometry();
-        let logical = translate::logical_block(&geometry, args.block_size);
+        let logical = translate::logical_block(&geometry, args.block_size)
+            .map_err(|why| anyhow!("{}: no ublk device can show it: {why}", record.source))?;
         let size = translate::device_size(&geometry, logical);
         ensure!(size > 0, "{}: too small for a block device of {logical}-byte blocks", record.source);
         if size < geometry.size {

@@ -55,9 +55,27 @@ pub(super) fn error(error: &Error) -> i32 {
     }
 }
 
-/// The device's logical block: what was asked for, else the smallest the source can do.
-pub(super) fn logical_block(geometry: &Geometry, wish: Option<u32>) -> u32 {
-    wish.unwrap_or(geometry.min_block).clamp(MIN_BLOCK, MAX_BLOCK)
+/// Returns the device's logical block in bytes: what was asked for, else the smallest the source can do.
+///
+/// # Errors
+/// Why no device can show a source of such blocks.
+pub(super) fn logical_block(geometry: &Geometry, wish: Option<u32>) -> Result<u32, String> {
+    let (least, logical) = (geometry.min_block, wish.unwrap_or(geometry.min_block).max(MIN_BLOCK));
+    if least > MAX_BLOCK {
+        return Err(format!(
+            "its smallest block is {least} bytes, and a ublk device's is at most {MAX_BLOCK}; use nbdbridge attach \
+             --door fuse, or nbdbridge fuse"
+        ));
+    }
+    if logical < least {
+        return Err(format!("its smallest block is {least} bytes; use --block-size {least}"));
+    }
+    Ok(logical)
+}
+
+/// Whether a device can show a source whose smallest block has so many bytes.
+pub(super) fn can_show(min_block: u32) -> bool {
+    min_block <= MAX_BLOCK
 }
 
 /// Size and limits of a device of `size` bytes that serves this geometry.
@@ -154,8 +172,22 @@ mod tests {
         let all = Capabilities::FLUSH | Capabilities::FUA | Capabilities::TRIM | Capabilities::WRITE_ZEROES;
         let geometry =
             Geometry { version: 0, size: 10_000, min_block: 1, preferred_block: 65536, capabilities: all };
-        let logical = logical_block(&geometry, None);
-        assert_eq!((logical, logical_block(&geometry, Some(4096))), (512, 4096));
+        let logical = logical_block(&geometry, None).unwrap();
+        assert_eq!((logical, logical_block(&geometry, Some(4096))), (512, Ok(4096)));
+        for (min_block, wish, expected) in [
+            (4096, None, Ok(4096)),
+            (2048, Some(4096), Ok(4096)),
+            (4096, Some(512), Err("--block-size 4096")),
+            (8192, None, Err("at most 4096")),
+            (1 << 16, Some(4096), Err("at most 4096")),
+        ] {
+            let found = logical_block(&Geometry { min_block, ..geometry }, wish);
+            match (&found, expected) {
+                (Err(text), Err(part)) => assert!(text.contains(part), "{text}"),
+                (found, expected) => assert_eq!(found.as_ref().ok(), expected.ok().as_ref(), "{min_block}"),
+            }
+            assert_eq!(can_show(min_block), min_block <= 4096);
+        }
         let size = device_size(&geometry, logical);
         assert_eq!(size, 9728);
         let params = params(&geometry, size, logical, 512 << 10);

@@ -39,6 +39,7 @@ use nbd_proto::{Command, CommandFlags, Goal, Listed};
 
 pub use options::{NbdOptions, Reconnect};
 
+use crate::extent::{MAX_EXTENTS, part_of};
 use crate::{
     Backend, Buffer, Error, ErrorKind, Extent, ExtentKind, Flags, Geometry, LocalFuture, OpenError, Result,
 };
@@ -258,15 +259,25 @@ impl Backend for NbdBackend {
         })
     }
 
-    /// All of it is data where the server does not tell.
+    /// All of it is data where the server does not tell. The range need not be one of whole blocks: a server may tell of
+    /// extents that end within one.
     fn block_status(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Extent>>> {
         if !self.config.shape.allocation {
             return Box::pin(ready(Ok(vec![Extent { len, kind: ExtentKind::Data }])));
         }
-        let ask = Ask { command: Command::BlockStatus, flags: command_flags(flags), offset, len };
+        let (start, end) = self.config.shape.geometry.whole_blocks(offset, len);
+        // Of a block that the range begins within, more than the first extent may be needed.
+        let one = flags.contains(Flags::REQ_ONE);
+        let flags = if start < offset { flags.without(Flags::REQ_ONE) } else { flags };
+        let flags = command_flags(flags);
+        let ask = Ask { command: Command::BlockStatus, flags, offset: start, len: end - start };
         Box::pin(async move {
             match self.ask_server(ask, Data::Status(Vec::new())).await {
-                (Ok(()), Data::Status(extents)) => Ok(extents),
+                (Ok(()), Data::Status(extents)) => {
+                    let mut extents = part_of(&extents, offset - start, len);
+                    extents.truncate(if one { 1 } else { MAX_EXTENTS });
+                    Ok(extents)
+                }
                 (Err(error), _) => Err(error),
                 (Ok(()), _) => Err(Error::new(ErrorKind::Io, "block status brought nothing")),
             }

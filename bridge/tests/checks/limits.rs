@@ -84,11 +84,13 @@ pub async fn the_geometry_makes_sense(disk: Disk) {
 
 pub async fn a_read_or_write_without_its_buffer_fails_alone(disk: Disk) {
     let image = fresh(&disk);
-    assert_eq!(kind(disk.execute(Request::new(Operation::Read, 0, 512), None).await), ErrorKind::Io);
+    let len = disk.export.geometry().min_block.max(512);
+    let (count, len) = (usize::try_from(len).unwrap(), u64::from(len));
+    assert_eq!(kind(disk.execute(Request::new(Operation::Read, 0, len), None).await), ErrorKind::Io);
     if disk.kind != Kind::ReadOnly {
-        assert_eq!(kind(disk.execute(Request::new(Operation::Write, 0, 512), None).await), ErrorKind::Io);
+        assert_eq!(kind(disk.execute(Request::new(Operation::Write, 0, len), None).await), ErrorKind::Io);
     }
-    let read = disk.execute(Request::new(Operation::Read, 0, 512), Some(Buffer::new(512))).await;
-    assert!(matches!(read, Ok(Reply::Data(data)) if data[..] == image[..512]));
+    let read = disk.execute(Request::new(Operation::Read, 0, len), Some(Buffer::new(count))).await;
+    assert!(matches!(read, Ok(Reply::Data(data)) if data[..] == image[..count]));
     disk.assert_is(&image).await;
 }

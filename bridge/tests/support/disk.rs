@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bridge::random::Random;
-use bridge::{Buffer, Data, Export, Extent, Flags, Operation, Reply, Request, Result};
+use bridge::{Buffer, Data, Error, ErrorKind, Export, Extent, Flags, Operation, Reply, Request, Result};
 
 use super::Kind;
 
@@ -19,14 +19,41 @@ pub enum Path {
 
 pub const PATHS: [Path; 2] = [Path::Fast, Path::Slow];
 
-/// An export under test.
+/// An export under test. A source with blocks gets whole blocks: what is not aligned is read, changed and written, as the
+/// clients of such a server do it.
 #[derive(Clone)]
 pub struct Disk {
     pub export: Arc<Export>,
     pub kind: Kind,
+    /// Held by a change of a part of a block.
+    blocks: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Disk {
+    pub fn new(export: Arc<Export>, kind: Kind) -> Self {
+        Disk { export, kind, blocks: Arc::default() }
+    }
+
+    pub fn has_blocks(&self) -> bool {
+        self.export.geometry().min_block > 1
+    }
+
+    /// The whole blocks of a range within the disk, as start and length; None if the range is one of whole blocks.
+    fn around(&self, offset: u64, len: u64) -> Option<(u64, usize)> {
+        let geometry = self.export.geometry();
+        let within = offset.checked_add(len).is_some_and(|end| end <= geometry.size);
+        let (start, end) = geometry.whole_blocks(offset, len);
+        (within && (start, end) != (offset, offset + len))
+            .then(|| (start, usize::try_from(end - start).unwrap()))
+    }
+
+    /// The whole blocks within a range that lies within the disk.
+    fn inner(&self, offset: u64, len: u64) -> (u64, u64) {
+        let geometry = self.export.geometry();
+        let start = offset.next_multiple_of(u64::from(geometry.min_block)).min(offset + len);
+        (start, geometry.cut(start, offset + len - start))
+    }
+
     pub fn size(&self) -> u64 {
         self.export.geometry().size
     }
@@ -40,6 +67,10 @@ impl Disk {
     }
 
     pub async fn read_with(&self, path: Path, offset: u64, len: usize, flags: Flags) -> Result<Vec<u8>> {
+        if let Some((start, whole)) = self.around(offset, len as u64) {
+            let data = Box::pin(self.read_with(path, start, whole, flags)).await?;
+            return Ok(data[usize::try_from(offset - start).unwrap()..][..len].to_vec());
+        }
         let request = Request::new(Operation::Read, offset, len as u64).with_flags(flags);
         if path == Path::Fast {
             let mut buf = vec![0xee; len];
@@ -56,6 +87,12 @@ impl Disk {
     }
 
     pub async fn write(&self, path: Path, offset: u64, data: &[u8], flags: Flags) -> Result<()> {
+        if let Some((start, len)) = self.around(offset, data.len() as u64) {
+            let _alone = self.blocks.lock().await;
+            let mut whole = self.read(path, start, len).await?;
+            whole[usize::try_from(offset - start).unwrap()..][..data.len()].copy_from_slice(data);
+            return Box::pin(self.write(path, start, &whole, flags)).await;
+        }
         let request = Request::new(Operation::Write, offset, data.len() as u64).with_flags(flags);
         if path == Path::Fast
             && let Some(result) = self.export.try_execute(&request, Data::From(data), Instant::now())
@@ -66,14 +103,35 @@ impl Disk {
     }
 
     pub async fn zero(&self, offset: u64, len: u64, flags: Flags) -> Result<()> {
+        if self.around(offset, len).is_some() {
+            if flags.contains(Flags::FAST_ZERO) {
+                return Err(Error::new(ErrorKind::NotSupported, "parts of blocks have to be written"));
+            }
+            let (start, inner) = self.inner(offset, len);
+            if inner > 0 {
+                self.done(Request::new(Operation::WriteZeroes, start, inner).with_flags(flags), None).await?;
+            }
+            for (from, to) in [(offset, start), (start + inner, offset + len)] {
+                let zeroes = vec![0; usize::try_from(to - from).unwrap()];
+                self.write(Path::Slow, from, &zeroes, flags.without(Flags::NO_HOLE)).await?;
+            }
+            return Ok(());
+        }
         self.done(Request::new(Operation::WriteZeroes, offset, len).with_flags(flags), None).await
     }
 
     pub async fn trim(&self, offset: u64, len: u64, flags: Flags) -> Result<()> {
+        let (offset, len) = match self.around(offset, len).map(|_| self.inner(offset, len)) {
+            Some((_, 0)) => return Ok(()),
+            Some(inner) => inner,
+            None => (offset, len),
+        };
         self.done(Request::new(Operation::Trim, offset, len).with_flags(flags), None).await
     }
 
     pub async fn cache(&self, offset: u64, len: u64) -> Result<()> {
+        let whole = self.around(offset, len).map(|(start, len)| (start, len as u64));
+        let (offset, len) = whole.unwrap_or((offset, len));
         self.done(Request::new(Operation::Cache, offset, len), None).await
     }
 
@@ -82,6 +140,9 @@ impl Disk {
     }
 
     pub async fn status(&self, offset: u64, len: u64, flags: Flags) -> Result<Vec<Extent>> {
+        if self.around(offset, len).is_some() && len > 0 {
+            return self.export.extents(offset, len, flags, Instant::now()).await;
+        }
         let request = Request::new(Operation::BlockStatus, offset, len).with_flags(flags);
         match self.execute(request, None).await? {
             Reply::Extents(extents) => Ok(extents),

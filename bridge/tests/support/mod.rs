@@ -59,7 +59,7 @@ pub fn on_every_stack(kinds: &[Kind], check: impl AsyncFn(Disk)) {
         run(async {
             match (stack.make)(stacks::DISK_BYTES) {
                 Ok((backend, keep)) => {
-                    check(Disk { export: Export::new("test", None, backend), kind: stack.kind }).await;
+                    check(Disk::new(Export::new("test", None, backend), stack.kind)).await;
                     drop(keep);
                 }
                 // Not by `eprintln`, which the test harness keeps to itself where a test passes.

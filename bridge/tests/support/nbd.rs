@@ -276,7 +276,9 @@ impl Shared {
         let max_payload = u64::from(self.offer.lock().unwrap().blocks[2]);
         let end = offset.checked_add(length).filter(|end| *end <= self.disk.geometry().size);
         let carries = matches!(command, Command::Read | Command::Write);
-        if end.is_none() || carries && length > max_payload {
+        let min_block = u64::from(self.offer.lock().unwrap().blocks[0]);
+        let aligned = offset.is_multiple_of(min_block) && length.is_multiple_of(min_block);
+        if end.is_none() || !aligned || carries && length > max_payload {
             return put_error(style, cookie, offset, NbdError::Inval, "out of bounds", out);
         }
         let zero_flags = if flags.contains(CommandFlags::NO_HOLE) { Flags::NO_HOLE } else { Flags::NONE };
@@ -317,6 +319,7 @@ impl Shared {
                     ExtentKind::Data => 0,
                     ExtentKind::Zero => 2,
                     ExtentKind::Hole => 3,
+                    ExtentKind::HoleNotZero => 1,
                 };
                 let extents: Vec<(u64, u32)> =
                     found[..most].iter().map(|extent| (extent.len, state(extent.kind))).collect();

@@ -90,6 +90,24 @@ pub const STACKS: &[Stack] = &[
     stores("nbd, extended headers, a connection each", |size| remote(Offer { flags: ALL_FLAGS | TransmissionFlags::CAN_MULTI_CONN, ..Offer::new(size, ReplyStyle::Extended) })),
     stores("nbd, cut off again and again", |size| cut_off(Offer { flags: ALL_FLAGS | TransmissionFlags::CAN_MULTI_CONN, ..Offer::new(size, ReplyStyle::Structured) })),
     stores("nbd, qemu-nbd", |size| qemu_nbd(size, &[])),
+    stores("nbd, FUA without flush", |size| remote(Offer { flags: FUA_WITHOUT_FLUSH, ..Offer::new(size, ReplyStyle::Structured) })),
+    stores("nbd, blocks of 512", |size| remote(blocks(size, 512))),
+    stores("nbd, blocks of 4 KiB", |size| remote(blocks(size, 4096))),
+    stores("nbd, blocks of 8 KiB", |size| remote(blocks(size, 8192))),
+    stores("nbd, blocks of 64 KiB", |size| remote(blocks(size, 65536))),
+    stores("throttle over detect-zeroes over fault over slice over nbd, blocks of 8 KiB", |size| remote(blocks(size + 65536, 8192)).map(|(disk, keep)| {
+        let len = size.next_multiple_of(8192);
+        let late = fault(slice(disk, 8192, len), "seed=4,delay-ms=1,delay-rate=0.02,op=read");
+        (throttle(detect(late, ZeroMode::Unmap), "iops-total=50000"), keep)
+    })),
+    stores("overlay over nbd, blocks of 64 KiB, in memory", |size| remote(blocks(size, 65536)).map(|(disk, keep)| {
+        let size = disk.geometry().size;
+        (temporary(disk, memory(overlay::temporary_bytes(size).unwrap())), keep)
+    })),
+    stores("kept overlay over nbd, blocks of 4 KiB, in crash", |size| remote(blocks(size, 4096)).map(|(disk, keep)| {
+        let size = disk.geometry().size;
+        (kept(disk, crash(overlay::kept_bytes(size).unwrap())), keep)
+    })),
     stores("throttle over file on tmpfs", |size| file("/dev/shm", size, FileOptions::default()).map(|(disk, keep)| (throttle(disk, "iops-total=30000"), keep))),
     stores("slice of memory", |size| made(slice(memory(size + (1 << 20) + 7), 4096, size))),
     stores("slice of a file on disk", |size| file(DISK_FOLDER, size + 70_000, FileOptions::default()).map(|(disk, keep)| (slice(disk, 65_537, size), keep))),
@@ -233,6 +251,15 @@ fn loop_device(size: u64, options: FileOptions) -> Result<Made, String> {
     let device = Loop(String::from_utf8_lossy(&made.stdout).trim().to_owned(), folder);
     let disk = FileBackend::open(&device.0, &options).map_err(|error| error.to_string())?;
     Ok((Box::new(disk), Some(Box::new(device))))
+}
+
+const FUA_WITHOUT_FLUSH: TransmissionFlags =
+    TransmissionFlags(ALL_FLAGS.0 & !TransmissionFlags::SEND_FLUSH.0);
+
+/// An offer of whole blocks.
+fn blocks(size: u64, min_block: u32) -> Offer {
+    let size = size.next_multiple_of(u64::from(min_block));
+    Offer { blocks: [min_block, 65536, 1 << 20], ..Offer::new(size, ReplyStyle::Structured) }
 }
 
 /// A server of ours in this process.

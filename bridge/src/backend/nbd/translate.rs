@@ -172,13 +172,14 @@ pub(super) fn error(error: NbdError) -> Error {
     Error::new(kind, text)
 }
 
-/// A run of `base:allocation`. A hole whose content is not known to be zero is data to us.
+/// Returns the kind of a run of `base:allocation`.
 pub(super) fn allocation(state: u64) -> ExtentKind {
     /// `NBD_STATE_HOLE` and `NBD_STATE_ZERO`.
     const HOLE: u64 = 1 << 0;
     const ZERO: u64 = 1 << 1;
     match state & (HOLE | ZERO) {
-        0 | HOLE => ExtentKind::Data,
+        0 => ExtentKind::Data,
+        HOLE => ExtentKind::HoleNotZero,
         ZERO => ExtentKind::Zero,
         _ => ExtentKind::Hole,
     }
@@ -260,7 +261,7 @@ mod tests {
     fn extents_and_flags() {
         assert_eq!(
             [0, 1, 2, 3, 7].map(allocation),
-            [ExtentKind::Data, ExtentKind::Data, ExtentKind::Zero, ExtentKind::Hole, ExtentKind::Hole]
+            [ExtentKind::Data, ExtentKind::HoleNotZero, ExtentKind::Zero, ExtentKind::Hole, ExtentKind::Hole]
         );
         let all = Flags::FUA | Flags::NO_HOLE | Flags::FAST_ZERO | Flags::REQ_ONE;
         assert_eq!(command_flags(all | Flags::CONTINUED | Flags::WHOLE).0, 0b1_1011);

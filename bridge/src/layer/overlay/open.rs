@@ -6,7 +6,7 @@ use super::image::{self, Identity, Layout, RECENT_MAGIC};
 use super::map::Map;
 use super::{BLOCK_BYTES, MAX_BYTES, Overlay, Shared};
 use crate::transfer::{get, put};
-use crate::{Backend, Error, ExtentKind, Flags};
+use crate::{Backend, Error, Flags};
 
 /// How many samples of a base are looked at, and how long each is in bytes.
 const SAMPLES: u64 = 64;
@@ -219,7 +219,7 @@ impl Shared {
             for extent in self.store.block_status(at, end - at, Flags::NONE).await? {
                 let stop = at + extent.len;
                 // Whole entries, wherever the extent begins and ends.
-                let mut from = if extent.kind == ExtentKind::Data { at & !7 } else { stop };
+                let mut from = if extent.kind.reads_as_zeroes() { stop } else { at & !7 };
                 while from < stop {
                     let count = (stop.next_multiple_of(8).min(end) - from).min(PIECE as u64);
                     act(from, &get(&*self.store, from, count).await?).await?;
