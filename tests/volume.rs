@@ -18,5 +18,7 @@ mod pools;
 mod refusals;
 #[path = "volume/remote.rs"]
 mod remote;
+#[path = "volume/units.rs"]
+mod units;
 #[path = "volume/world.rs"]
 mod world;

@@ -25,8 +25,8 @@ const MOST: usize = 4096;
 /// The longest ID in bytes. Those of engines have 64.
 const MAX_ID: usize = 1024;
 
-/// A count that is older than this, of a volume that nobody has mounted, is that of an engine which was killed. Engines
-/// have theirs mounted a moment after they were told where it is.
+/// A count that is older than this, of a volume that nobody has mounted, is that of an engine which was killed. A younger
+/// one counts whatever the kernel says: engines mount a volume into a container a moment after they were told where it is.
 const STALE_SECONDS: u64 = 60;
 
 /// Users named in a line at most.
@@ -47,7 +47,8 @@ pub(super) fn admit(holders: &BTreeMap<String, u32>, id: &str) -> Result<()> {
 }
 
 impl Volume<'_> {
-    /// Refuses where somebody uses the volume, whatever the counts of engines say.
+    /// Refuses where somebody uses the volume: by hand, by a fresh count of an engine, or by what the kernel knows, whatever
+    /// old counts say.
     ///
     /// # Errors
     /// [`Error::InUse`].
@@ -61,7 +62,15 @@ impl Volume<'_> {
         let Some(plane) = &state.plane else { return Ok(()) };
         match &state.mounted {
             Some(path) if self.record.fs != FsKind::None => match users(&plane.device, path) {
-                Ok(users) if users.is_empty() => Ok(()),
+                Ok(users) if users.is_empty() => match state.fresh_age() {
+                    None => Ok(()),
+                    Some(age) => Err(Error::InUse(format!(
+                        "volume `{}` is in use: {}, since {age} s; end that first, or, where its engine was killed, try \
+                         again after {STALE_SECONDS} s",
+                        self.name,
+                        remove::describe(state)
+                    ))),
+                },
                 Ok(users) => Err(in_use(&name_some(&users))),
                 Err(error) => {
                     Err(in_use(&format!("who uses {} cannot be known: {error}", plane.device.display())))
@@ -78,8 +87,45 @@ impl Volume<'_> {
         let (Some(plane), Some(path)) = (&state.plane, &state.mounted) else { return false };
         let counts = self.record.fs == FsKind::None || state.holders.contains_key(Volume::BY_HAND);
         !counts
-            && now().saturating_sub(state.held_at) > STALE_SECONDS
+            && state.held_age() > STALE_SECONDS
             && users(&plane.device, path).is_ok_and(|users| users.is_empty())
+    }
+}
+
+impl State {
+    /// Seconds since the last holder came.
+    fn held_age(&self) -> u64 {
+        now().saturating_sub(self.held_at)
+    }
+
+    /// The same, where a holder that has not unmounted since came a short time ago: the kernel may not know of its mount
+    /// yet.
+    fn fresh_age(&self) -> Option<u64> {
+        let age = self.held_age();
+        (!self.recent.is_empty() && age <= STALE_SECONDS).then_some(age)
+    }
+
+    /// Counts one more use. By hand there is one.
+    pub(super) fn hold(&mut self, holder: &str) {
+        if self.fresh_age().is_none() {
+            self.recent.clear();
+        }
+        self.recent.insert(holder.to_owned());
+        self.held_at = now();
+        let count = self.holders.entry(holder.to_owned()).or_insert(0);
+        *count = if holder == Volume::BY_HAND { 1 } else { count.saturating_add(1) };
+    }
+
+    /// Counts one less; one that is not there is no error. What is left of the holder's counts are those of an engine that
+    /// was killed and mounted the volume for the same container again.
+    pub(super) fn release(&mut self, holder: &str) {
+        self.recent.remove(holder);
+        if let Some(count) = self.holders.get_mut(holder) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.holders.remove(holder);
+            }
+        }
     }
 }
 
@@ -242,6 +288,29 @@ mod tests {
         }
         assert!(admit(&holders, "b").unwrap_err().to_string().contains("more than 4096"));
         admit(&holders, "7").unwrap();
+    }
+
+    #[test]
+    fn a_count_is_fresh_until_it_is_old_or_released() {
+        let mut state = State::default();
+        assert_eq!(state.fresh_age(), None);
+        state.hold("a");
+        state.hold("b");
+        assert!(state.fresh_age().is_some_and(|age| age < 10));
+        state.release("a");
+        assert!(state.fresh_age().is_some());
+        state.held_at = now() - STALE_SECONDS - 1;
+        assert_eq!(state.fresh_age(), None);
+        // A dockerd that was killed and started again: three mounts, one unmount.
+        for _ in 0..3 {
+            state.hold("a");
+        }
+        assert!(state.fresh_age().is_some());
+        state.release("a");
+        assert_eq!(
+            (state.fresh_age(), &state.holders),
+            (None, &BTreeMap::from([("a".into(), 2), ("b".into(), 1)]))
+        );
     }
 
     #[test]

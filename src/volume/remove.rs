@@ -38,6 +38,7 @@ impl Pool {
             volume.refuse_if_used(&state)?;
         }
         state.holders.clear();
+        state.recent.clear();
         volume.take_down(&mut state, force)?;
         volume.refuse_if_used(&state)?;
         volume.bury()

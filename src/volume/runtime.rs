@@ -6,7 +6,7 @@
 //!                                                                 .state/<name>  this file
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use super::plane::Plane;
-use super::{Name, Result, Volume, durable, holders};
+use super::{Name, Result, durable};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -43,12 +43,15 @@ pub(crate) struct State {
     pub(crate) holders: BTreeMap<String, u32>,
     /// When the last one came, in seconds since the boot.
     pub(crate) held_at: u64,
+    /// Holders that came around then and have not unmounted since.
+    pub(super) recent: BTreeSet<String>,
 }
 
 impl State {
     /// Nothing is attached, and nobody holds it.
     pub(super) fn is_nothing(&self) -> bool {
-        *self == State { boot_id: self.boot_id.clone(), held_at: self.held_at, ..State::default() }
+        let kept = State { boot_id: self.boot_id.clone(), held_at: self.held_at, ..State::default() };
+        *self == State { recent: self.recent.clone(), ..kept }
     }
 
     /// All that was attached is gone; who held it still wants to say that he does not any more.
@@ -56,23 +59,6 @@ impl State {
         self.plane = None;
         self.starting = false;
         self.mounted = None;
-    }
-
-    /// Counts one more use. By hand there is one.
-    pub(crate) fn hold(&mut self, holder: &str) {
-        let count = self.holders.entry(holder.to_owned()).or_insert(0);
-        self.held_at = holders::now();
-        *count = if holder == Volume::BY_HAND { 1 } else { count.saturating_add(1) };
-    }
-
-    /// Counts one less; one that is not there is no error.
-    pub(crate) fn release(&mut self, holder: &str) {
-        if let Some(count) = self.holders.get_mut(holder) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.holders.remove(holder);
-            }
-        }
     }
 }
 

@@ -260,6 +260,16 @@ fn the_socket_and_the_daemons_life() {
     world.assert_clean();
 }
 
+/// Makes the holders of a volume old.
+fn age_holders(name: &str) {
+    let folder = fs::read_dir("/run/nbdbridge/volumes").unwrap().next().unwrap().unwrap().path();
+    let file = folder.join(".state").join(name);
+    let mut state: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    assert!(state["held_at"].as_u64().unwrap() > 60);
+    state["held_at"] = json!(0);
+    fs::write(&file, state.to_string()).unwrap();
+}
+
 #[test]
 fn removal_in_use_loses_nothing() {
     let mut world = world!("removal_in_use_loses_nothing");
@@ -270,6 +280,15 @@ fn removal_in_use_loses_nothing() {
     let mount = json!({ "Name": "a", "ID": "x" });
     let point = world.call("VolumeDriver.Mount", &mount)["Mountpoint"].as_str().unwrap().to_owned();
     fs::write(Path::new(&point).join("x"), "precious").unwrap();
+
+    // The engine has its answer, and not mounted it into a container yet.
+    for _ in 0..2 {
+        let line = world.refused("VolumeDriver.Remove", &json!({ "Name": "a" }));
+        assert!(line.contains("`a` is in use: mounted at ") && line.contains("for x, since "), "{line}");
+    }
+    assert_eq!(fs::read(Path::new(&point).join("x")).unwrap(), b"precious");
+    // As if that had been a while ago, as with the counts of an engine that was killed.
+    age_holders("a");
 
     // As a container has it: in a mount namespace of its own, at another place.
     let script = r#"mount --make-rprivate / && mount --bind "$0" /mnt && umount "$0" && echo there && exec sleep 1000"#;
@@ -318,12 +337,7 @@ fn counts_of_a_dead_engine_end_with_the_next_unmount() {
     world.call("VolumeDriver.Unmount", &mount("one"));
     assert_eq!(world.status("a")["holders"], json!({ "dead": 1, "two": 1 }));
     // As if that had been a while ago.
-    let folder = fs::read_dir("/run/nbdbridge/volumes").unwrap().next().unwrap().unwrap().path();
-    let file = folder.join(".state/a");
-    let mut state: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    assert!(state["held_at"].as_u64().unwrap() > 60);
-    state["held_at"] = json!(0);
-    fs::write(&file, state.to_string()).unwrap();
+    age_holders("a");
     world.call("VolumeDriver.Unmount", &mount("two"));
     world.assert_clean();
     assert_eq!(world.status("a")["references"], json!(0));
