@@ -14,7 +14,7 @@ mod limits;
 mod overlay;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -28,6 +28,7 @@ use bridge::layer::{DetectZeroes as DetectLayer, Fault, ReadOnly, Slice, ZeroMod
 use bridge::{Backend, Export, partition};
 use tokio::runtime::{Builder, LocalOptions};
 
+use crate::beneath::{Entry, Folder};
 use crate::cli::{
     AioMode, CacheMode, DetectZeroes, DiscardMode, ExportArg, Format, Part, Source, SourceArgs, UsageError,
     create,
@@ -177,7 +178,19 @@ pub(crate) fn open(source: &Source, args: &SourceArgs, memory: &ImageMemory) -> 
         Source::Path(path) => path,
     };
     let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone() };
-    Ok(open_any(path, args.format, file_options(args), &access)?)
+    // Kept until the file is open.
+    let entry = args.beneath.as_deref().map(|folder| find_beneath(folder, path)).transpose()?;
+    let file = FileOptions { via: entry.as_ref().map(Entry::via), ..file_options(args) };
+    Ok(open_any(path, args.format, file, &access)?)
+}
+
+/// Looks up an image below a folder whose content may be a stranger's.
+fn find_beneath(folder: &Path, path: &Path) -> Result<Entry> {
+    let root = Folder::root(folder).with_context(|| format!("{}: cannot open it", folder.display()))?;
+    let Ok(name) = path.strip_prefix(root.path()) else {
+        bail!("{}: is not below {}", path.display(), root.path().display());
+    };
+    root.file(name).with_context(|| format!("{}: cannot be served", path.display()))
 }
 
 /// How files are opened, the overlay's as well as images.
@@ -201,5 +214,6 @@ fn file_options(args: &SourceArgs) -> FileOptions {
             DiscardMode::Ignore => FileDiscard::Ignore,
         },
         lock: args.lock,
+        via: None,
     }
 }

@@ -5,6 +5,7 @@ mod assemble;
 mod attach;
 mod attachment;
 mod bench;
+mod beneath;
 mod cli;
 mod control;
 mod daemon;

@@ -57,6 +57,7 @@ impl InfoArgs {
             throttles: Vec::new(),
             faults: Vec::new(),
             create: None,
+            beneath: None,
             lock: false,
             remote: self.remote.clone(),
         }

@@ -38,6 +38,8 @@ pub(crate) struct SourceArgs {
     pub(crate) create: Option<u64>,
     /// Take qemu's locks on images.
     pub(crate) lock: bool,
+    /// A folder of volumes that the images are in: they are reached from it without links, and stand alone.
+    pub(crate) beneath: Option<PathBuf>,
     /// How remote exports are used.
     pub(crate) remote: RemoteArgs,
 }
@@ -184,6 +186,11 @@ pub(super) struct SourceFlags {
     #[arg(long)]
     no_lock: bool,
 
+    /// Images are below this folder, whose content may be a stranger's: no link is followed, and no other file named
+    #[arg(long, value_name = "DIR", hide = true, requires = "format",
+          conflicts_with_all = ["create", "overlay"])]
+    beneath: Option<PathBuf>,
+
     #[command(flatten)]
     remote: RemoteArgs,
 }
@@ -229,6 +236,7 @@ impl SourceFlags {
             faults: self.fault,
             create: self.create,
             lock: !self.no_lock,
+            beneath: self.beneath,
             remote: self.remote,
         })
     }

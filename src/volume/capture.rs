@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use anyhow::Context;
 use super::copy::{self, How};
 use super::freeze::Frozen;
 use super::{Error, Pool, Progress, Result, Volume};
+use crate::beneath::{Entry, Folder};
 use crate::fuse::Mounted;
 
 /// For so long writers are held up where nobody says otherwise.
@@ -28,13 +29,27 @@ pub(super) struct Disk {
     path: PathBuf,
 }
 
+/// Where a copy is made: a file of a folder that has none of this name.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target<'a> {
+    pub(super) folder: &'a Folder,
+    pub(super) name: &'a str,
+}
+
+impl Target<'_> {
+    fn path(&self) -> PathBuf {
+        self.folder.path().join(self.name)
+    }
+}
+
 impl Disk {
     /// Opens one.
     ///
     /// # Errors
     /// One line.
-    pub(super) fn open(path: PathBuf) -> Result<Self> {
-        let file = File::open(&path).with_context(|| format!("{}: cannot open it", path.display()))?;
+    pub(super) fn open(entry: &Entry) -> Result<Self> {
+        let path = entry.path().to_owned();
+        let file = entry.open(false).with_context(|| format!("{}: cannot open it", path.display()))?;
         Ok(Disk { file, path })
     }
 
@@ -42,15 +57,15 @@ impl Disk {
     ///
     /// # Errors
     /// One line: no space, for one.
-    pub(super) fn copy(&self, pool: &Pool, to: &Path, progress: &dyn Progress) -> Result<How> {
+    pub(super) fn copy(&self, pool: &Pool, to: Target<'_>, progress: &dyn Progress) -> Result<How> {
         pool.admit(0, if self.shares_with(to) { 0 } else { self.space()? })?;
         progress.step("copying the disk");
         finish(self.fill(to, progress, &mut || Ok(())), to, progress)
     }
 
     /// Whether a copy at `to` can share its blocks.
-    fn shares_with(&self, to: &Path) -> bool {
-        copy::can_reflink(&self.file, to.parent().unwrap_or(Path::new("/")))
+    fn shares_with(&self, to: Target<'_>) -> bool {
+        copy::can_reflink(&self.file, &to.folder.via())
     }
 
     /// What a copy takes, in bytes.
@@ -62,12 +77,12 @@ impl Disk {
 
     fn fill(
         &self,
-        to: &Path,
+        to: Target<'_>,
         progress: &dyn Progress,
         go_on: &mut dyn FnMut() -> io::Result<()>,
     ) -> anyhow::Result<(File, How)> {
-        let new = File::options().read(true).write(true).create_new(true).mode(0o600).open(to);
-        let new = new.with_context(|| format!("{}: cannot make it", to.display()))?;
+        let new = to.folder.create(to.name);
+        let new = new.with_context(|| format!("{}: cannot make it", to.path().display()))?;
         let how = copy::fill(&self.file, &new, &mut |copied| {
             progress.bytes(copied.done, copied.total);
             go_on()
@@ -83,12 +98,12 @@ impl Disk {
 /// One line: no space; a file system that cannot be frozen, or not for so long; a device in use that has none.
 pub(super) fn capture(
     volume: &Volume<'_>,
-    to: &Path,
+    to: Target<'_>,
     promised: bool,
     limit: Duration,
     progress: &dyn Progress,
 ) -> Result<How> {
-    let disk = Disk::open(volume.own_disk()?)?;
+    let disk = Disk::open(&volume.own_disk()?)?;
     let shares = disk.shares_with(to);
     let takes = disk.space()?;
     volume.pool.admit(if promised { 0 } else { takes }, if shares { 0 } else { takes })?;
@@ -125,15 +140,15 @@ pub(super) fn flush(device: &Path) -> anyhow::Result<()> {
     flushed.with_context(|| format!("{}: cannot flush it", device.display()))
 }
 
-fn finish(filled: anyhow::Result<(File, How)>, to: &Path, progress: &dyn Progress) -> Result<How> {
+fn finish(filled: anyhow::Result<(File, How)>, to: Target<'_>, progress: &dyn Progress) -> Result<How> {
     let finished = filled.and_then(|(new, how)| {
         progress.step("making it durable");
-        new.sync_all().with_context(|| format!("{}: cannot write it", to.display()))?;
+        new.sync_all().with_context(|| format!("{}: cannot write it", to.path().display()))?;
         Ok(how)
     });
     if finished.is_err() {
         // The first error is the one to tell.
-        let _ = std::fs::remove_file(to);
+        let _ = to.folder.remove(to.name);
     }
     Ok(finished?)
 }

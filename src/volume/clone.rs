@@ -11,13 +11,11 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 
-use super::capture::{Disk, FREEZE_LIMIT, capture};
+use super::capture::{Disk, FREEZE_LIMIT, Target, capture};
 use super::copy::How;
 use super::filesystem::{run, said};
 use super::options::DiskFormat;
-use super::{
-    Error, FsKind, Options, Origin, Pool, Progress, Provision, Record, Result, Volume, disk, durable,
-};
+use super::{Error, FsKind, Options, Origin, Pool, Progress, Provision, Record, Result, Volume, disk};
 use crate::size::human;
 
 /// What is copied.
@@ -65,7 +63,7 @@ impl Pool {
             )));
         }
         let what = match &snapshot {
-            Some(snapshot) => What::Snapshot(self, Disk::open(volume.snapshot_disk(snapshot))?),
+            Some(snapshot) => What::Snapshot(self, Disk::open(&volume.snapshot_disk(snapshot)?)?),
             None => What::Volume(Box::new(volume)),
         };
         Ok(Original { what, format, fs, size, unclean })
@@ -92,17 +90,17 @@ impl Volume<'_> {
 
     /// Makes all that the record promises, as a copy.
     pub(super) fn fill_from(&mut self, original: &Original<'_>, progress: &dyn Progress) -> Result<()> {
-        let disk_path = self.own_disk()?;
-        original.copy(&disk_path, FREEZE_LIMIT, progress)?;
+        let target = Target { folder: &self.folder, name: self.own_format()?.disk_name() };
+        original.copy(target, FREEZE_LIMIT, progress)?;
+        let copy = self.own_disk()?;
         let size = self.record.size;
         if self.record.options.provision == Provision::Thick {
             progress.step("reserving space");
-            disk::reserve_all(&disk_path, size)?;
+            disk::reserve_all(&copy, size)?;
         } else if size > original.size {
-            disk::grow(&disk_path, original.format, size)?;
+            disk::grow(&copy, original.format, size)?;
         }
-        durable::sync_folder(&self.folder())
-            .with_context(|| format!("{}: cannot flush it", disk_path.display()))?;
+        self.folder.sync().with_context(|| format!("{}: cannot flush it", copy.path().display()))?;
         let Options { uid, gid, mode, .. } = self.record.options;
         if uid.is_some() || gid.is_some() || mode.is_some() {
             let mut state = self.state()?;
@@ -133,7 +131,7 @@ impl Original<'_> {
     ///
     /// # Errors
     /// One line: no space; a file system that cannot be frozen for so long.
-    pub(super) fn copy(&self, to: &Path, limit: Duration, progress: &dyn Progress) -> Result<How> {
+    pub(super) fn copy(&self, to: Target<'_>, limit: Duration, progress: &dyn Progress) -> Result<How> {
         match &self.what {
             What::Volume(volume) => capture(volume, to, true, limit, progress),
             What::Snapshot(pool, disk) => disk.copy(pool, to, progress),

@@ -8,7 +8,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
@@ -20,8 +20,9 @@ use super::options::DiskFormat;
 use super::private;
 use super::{
     DoorChoice, Error, FsKind, Name, Options, Pending, Pool, Progress, Provision, Record, Result, Volume,
-    durable,
+    disk,
 };
+use crate::beneath::Folder;
 use crate::cli::{Format, create};
 use crate::{size, ublk};
 
@@ -103,44 +104,38 @@ impl Pool {
     /// Gives the name and the space away. None where somebody else has just done so.
     fn begin(&self, name: &Name, record: Record) -> Result<Option<Volume<'_>>> {
         let _pool = self.lock()?;
-        let path = self.path_of(name);
-        if fs::symlink_metadata(&path).is_ok() {
+        if self.root().kind(name).with_context(|| format!("{name}: cannot look for it"))?.is_some() {
             return Ok(None);
         }
         if record.format.is_some() {
             let now = if record.options.provision == Provision::Thick { record.size } else { 0 };
             self.admit(record.size, now)?;
         }
-        let new = self.folder().join(format!("{}{name:.200}", super::pool::NEW));
-        let cannot = || format!("{}: cannot make it", new.display());
+        let new = format!("{}{name:.200}", super::pool::NEW);
+        let cannot = || format!("{}: cannot make it", self.folder().join(&new).display());
         // One that is left there is nobody's: the pool is locked.
-        match fs::remove_dir_all(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(cannot)?;
-            }
-            _ => {}
-        }
-        let make = || -> Result<File> {
-            fs::DirBuilder::new().mode(0o700).create(&new).with_context(cannot)?;
-            record.write(&new)?;
-            let lock = File::open(&new).with_context(cannot)?;
-            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).with_context(cannot)?;
-            fs::rename(&new, &path).with_context(cannot)?;
-            durable::sync_folder(self.folder()).with_context(cannot)?;
-            Ok(lock)
+        self.root().remove(&new).with_context(cannot)?;
+        let make = || -> Result<Folder> {
+            let folder = self.root().make_folder(&new).with_context(cannot)?;
+            record.write(&folder)?;
+            rustix::fs::flock(folder.handle(), FlockOperation::NonBlockingLockExclusive)
+                .with_context(cannot)?;
+            self.root().rename(&new, self.root(), name).with_context(cannot)?;
+            self.root().sync().with_context(cannot)?;
+            Ok(folder.renamed(self.folder().join(name)))
         };
-        let lock = make().inspect_err(|_| {
-            let _ = fs::remove_dir_all(&new);
+        let folder = make().inspect_err(|_| {
+            let _ = self.root().remove(&new);
         })?;
-        Ok(Some(Volume { pool: self, name: name.clone(), record, lock }))
+        Ok(Some(Volume { pool: self, name: name.clone(), record, folder }))
     }
 }
 
 impl Volume<'_> {
     /// Makes all that the record promises.
     fn fill(&mut self, progress: &dyn Progress) -> Result<()> {
-        if let Some(disk) = self.disk() {
-            self.make_disk(&disk, progress)?;
+        if let Some(format) = self.record.format {
+            self.make_disk(format, progress)?;
         }
         let remote = self.record.format.is_none();
         if self.record.fs != FsKind::None || remote {
@@ -167,21 +162,33 @@ impl Volume<'_> {
         self.save()
     }
 
-    fn make_disk(&self, disk: &Path, progress: &dyn Progress) -> Result<()> {
-        let size = self.record.size;
-        match self.record.format {
-            Some(DiskFormat::Qcow2) => create::create_empty(disk, Format::Qcow2, size)?,
-            _ => create::create_image(disk, size, false)?,
+    fn make_disk(&self, format: DiskFormat, progress: &dyn Progress) -> Result<()> {
+        let (size, name) = (self.record.size, format.disk_name());
+        let shown = self.folder.path().join(name);
+        match format {
+            DiskFormat::Qcow2 => {
+                let via = self.folder.via();
+                create::create_empty(&via.join(name), Format::Qcow2, size)
+                    .map_err(|error| disk::named(&error, &via, self.folder.path()))?;
+            }
+            DiskFormat::Raw => {
+                let file = self.folder.create(name);
+                let file = file.with_context(|| format!("{}: cannot make it", shown.display()))?;
+                file.set_len(size).with_context(|| {
+                    format!("{}: cannot make it {} long", shown.display(), size::human(size))
+                })?;
+            }
         }
-        let file = File::options().write(true).open(disk).with_context(|| disk.display().to_string())?;
+        self.folder.adopt(name).with_context(|| shown.display().to_string())?;
+        let file = self.own_disk()?.open(true).with_context(|| shown.display().to_string())?;
         if self.record.options.provision == Provision::Thick {
             progress.step("reserving space");
             let reserved = reserve(&file, size, progress);
-            reserved.with_context(|| format!("{}: cannot reserve {}", disk.display(), size::human(size)))?;
+            reserved.with_context(|| format!("{}: cannot reserve {}", shown.display(), size::human(size)))?;
         }
         file.sync_all()
-            .and_then(|()| durable::sync_folder(&self.folder()))
-            .with_context(|| format!("{}: cannot flush it", disk.display()))?;
+            .and_then(|()| self.folder.sync())
+            .with_context(|| format!("{}: cannot flush it", shown.display()))?;
         Ok(())
     }
 

@@ -8,7 +8,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -80,9 +79,7 @@ impl Pool {
     /// # Errors
     /// Not found.
     pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
-        if !self.path_of(name).is_dir() {
-            return Err(self.not_found(name));
-        }
+        self.folder_of(name)?;
         Ok(self.state(name)?.mounted)
     }
 }
@@ -122,12 +119,12 @@ impl Volume<'_> {
                 self.save()?;
             }
             let point = self.pool.runtime().mount_point(&self.name);
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&point)
-                .with_context(|| format!("{}: cannot make it", point.display()))?;
-            self.mount_at(&device, &point, read_only)?;
+            if self.is_mounted(state, &point) {
+                // Whoever mounted it did not live to tell.
+                return Ok(point);
+            }
+            let folder = self.pool.runtime().make_mount_point(&self.name)?;
+            self.mount_at(&device, &folder, read_only)?;
             Ok(point)
         });
         match brought {
@@ -199,7 +196,7 @@ impl Volume<'_> {
             progress.step("attaching");
             state.starting = true;
             self.save_state(state)?;
-            plane = Some(Plane::start(&self.name, &self.record, &source, read_only)?);
+            plane = Some(Plane::start(&self.name, &self.record, self.pool.folder(), &source, read_only)?);
         }
         state.plane = plane;
         state.starting = false;

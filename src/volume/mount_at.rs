@@ -10,14 +10,15 @@ use rustix::mount::MountFlags;
 
 use super::space::Privilege;
 use super::{Error, FsKind, Pool, Result, Volume};
+use crate::beneath::Folder;
 use crate::size;
 
 /// A pool with less than that may be why a file system cannot be made or mounted.
 const SCANT: u64 = 64 << 20;
 
 impl Volume<'_> {
-    /// Mounts the device with the volume's options.
-    pub(super) fn mount_at(&self, device: &Path, point: &Path, read_only: bool) -> Result<()> {
+    /// Mounts the device with the volume's options on a folder, whatever has become of its name.
+    pub(super) fn mount_at(&self, device: &Path, point: &Folder, read_only: bool) -> Result<()> {
         self.check_recorded_options()?;
         self.refuse_other_devices(device)?;
         let (mut flags, mut data) = split(&self.record.options.mount);
@@ -32,7 +33,7 @@ impl Volume<'_> {
         data.extend(self.record.fs.on_error());
         let data = CString::new(data.join(",")).context("mount options")?;
         let fs = self.record.fs.to_string();
-        let mounted = rustix::mount::mount(device, point, fs.as_str(), flags, Some(data.as_c_str()));
+        let mounted = rustix::mount::mount(device, point.via(), fs.as_str(), flags, Some(data.as_c_str()));
         mounted.map_err(|errno| self.explain(errno, &fs))
     }
 

@@ -47,13 +47,19 @@ pub(crate) enum Life {
 }
 
 impl Plane {
-    /// Starts one for the volume `name`, whose disk is `source`.
+    /// Starts one for the volume `name`, whose disk is `source`, below the folder `pool`.
     ///
     /// # Errors
     /// What it says itself, in one line.
-    pub(super) fn start(name: &Name, record: &Record, source: &OsString, read_only: bool) -> Result<Self> {
+    pub(super) fn start(
+        name: &Name,
+        record: &Record,
+        pool: &Path,
+        source: &OsString,
+        read_only: bool,
+    ) -> Result<Self> {
         let mut command = in_scope(name);
-        command.args(words(record, source, read_only)).current_dir("/").stdin(Stdio::null());
+        command.args(words(record, pool, source, read_only)).current_dir("/").stdin(Stdio::null());
         let said = launch(&mut command, name, "attached")?;
         let device = said.lines().find(|line| line.starts_with("/dev/"));
         let device = device.with_context(|| format!("volume `{name}`: attach names no device"))?;
@@ -236,7 +242,7 @@ fn is_told_to_attach(process: impl AsRef<Path>, source: &OsString) -> bool {
 }
 
 /// The command line of the process.
-fn words(record: &Record, source: &OsString, read_only: bool) -> Vec<OsString> {
+fn words(record: &Record, pool: &Path, source: &OsString, read_only: bool) -> Vec<OsString> {
     let mut words: Vec<OsString> = vec!["attach".into()];
     let mut add = |word: &str| words.push(word.into());
     add(match record.options.door {
@@ -258,6 +264,11 @@ fn words(record: &Record, source: &OsString, read_only: bool) -> Vec<OsString> {
     }
     if read_only {
         add("--read-only");
+    }
+    if record.format.is_some() {
+        let mut word = OsString::from("--beneath=");
+        word.push(pool);
+        words.push(word);
     }
     words.push("--".into());
     words.push(source.clone());
@@ -306,14 +317,14 @@ mod tests {
     fn words_of(pairs: &[(&str, &str)], format: Option<DiskFormat>, read_only: bool) -> Vec<String> {
         let options = Options::parse(pairs.iter().copied()).unwrap();
         let record = Record::new(options, 1 << 30, FsKind::Ext4, format);
-        let words = words(&record, &OsString::from("/a b"), read_only);
+        let words = words(&record, Path::new("/"), &OsString::from("/a b"), read_only);
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
     #[test]
     fn the_command_line_says_all_that_the_record_does() {
         let plain = words_of(&[], Some(DiskFormat::Raw), false);
-        assert_eq!(plain, ["attach", "--door=auto", "--format=raw", "--", "/a b"]);
+        assert_eq!(plain, ["attach", "--door=auto", "--format=raw", "--beneath=/", "--", "/a b"]);
         let pairs = [("door", "fuse"), ("provision", "thick"), ("iops-total", "7"), ("bps-read", "1M")];
         let all = words_of(&pairs, Some(DiskFormat::Raw), true);
         let limits = "--throttle=iops-total=7,bps-read=1048576";
@@ -324,6 +335,7 @@ mod tests {
             "--discard=ignore",
             limits,
             "--read-only",
+            "--beneath=/",
             "--",
             "/a b",
         ];

@@ -7,19 +7,20 @@
 //!
 //! A volume's lock is taken before the pool's, never after it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FileType, FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::options::DiskFormat;
 use super::runtime::{Runtime, State};
 use super::space::Settings;
-use super::{Error, Name, Pending, Record, Result, durable};
+use super::{Error, Name, Pending, Record, Result};
+use crate::beneath::{Entry, Folder};
 
 /// The file that makes a folder a pool. No volume can have this name.
 const FILE: &str = ".pool.json";
@@ -33,7 +34,7 @@ pub(super) const NEW: &str = ".new-";
 /// An open pool.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    folder: PathBuf,
+    root: Folder,
     runtime: Runtime,
 }
 
@@ -43,7 +44,8 @@ pub(crate) struct Volume<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) name: Name,
     pub(crate) record: Record,
-    pub(super) lock: File,
+    /// The volume's folder, which is locked.
+    pub(super) folder: Folder,
 }
 
 impl Pool {
@@ -53,10 +55,10 @@ impl Pool {
     /// One line: it is none, or cannot be read.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         let shown = folder.display();
-        let folder = folder.canonicalize().with_context(|| format!("{shown}: there is no such pool"))?;
-        read_settings(&folder)?;
-        let meta = fs::metadata(&folder).with_context(|| format!("{shown}: cannot look at it"))?;
-        let pool = Pool { runtime: Runtime::new(&meta)?, folder };
+        let root = Folder::root(folder).with_context(|| format!("{shown}: there is no such pool"))?;
+        read_settings(&root)?;
+        let meta = root.handle().metadata().with_context(|| format!("{shown}: cannot look at it"))?;
+        let pool = Pool { runtime: Runtime::new(&meta)?, root };
         pool.converge()?;
         Ok(pool)
     }
@@ -72,24 +74,28 @@ impl Pool {
             .mode(0o700)
             .create(folder)
             .with_context(|| format!("{shown}: cannot make the folder"))?;
-        if folder.join(FILE).exists() {
+        let cannot = || format!("{shown}: cannot look into it");
+        let root = Folder::root(folder).with_context(cannot)?;
+        if root.kind(FILE).with_context(cannot)?.is_some() {
             return Ok(());
         }
-        let mut entries = fs::read_dir(folder).with_context(|| format!("{shown}: cannot look into it"))?;
-        let alien =
-            |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() != "lost+found");
-        if !not_empty && entries.any(alien) {
+        if !not_empty && root.names().with_context(cannot)?.iter().any(|name| name != "lost+found") {
             let line = format!(
                 "{shown}: is no pool of volumes, and not empty; if it is meant: nbdbridge volume pool --pool {shown} --make"
             );
             return Err(Error::Refused(line));
         }
-        write_settings(folder, &Settings::default())
+        write_settings(&root, &Settings::default())
     }
 
     /// Where it is; absolute, without symbolic links.
     pub(crate) fn folder(&self) -> &Path {
-        &self.folder
+        self.root.path()
+    }
+
+    /// The same, open.
+    pub(super) fn root(&self) -> &Folder {
+        &self.root
     }
 
     /// What it is set to now: others may have changed it.
@@ -97,7 +103,7 @@ impl Pool {
     /// # Errors
     /// One line.
     pub(crate) fn settings(&self) -> Result<Settings> {
-        read_settings(&self.folder)
+        read_settings(&self.root)
     }
 
     /// Changes that for good.
@@ -106,7 +112,7 @@ impl Pool {
     /// One line.
     pub(crate) fn change(&self, settings: &Settings) -> Result<()> {
         let _lock = self.lock()?;
-        write_settings(&self.folder, settings)
+        write_settings(&self.root, settings)
     }
 
     /// Mounts volumes below this folder from now on.
@@ -114,9 +120,9 @@ impl Pool {
     /// # Errors
     /// One line: it cannot be made.
     pub(crate) fn set_mount_root(&mut self, folder: &Path) -> Result<()> {
-        let made = fs::create_dir_all(folder).and_then(|()| folder.canonicalize());
-        let folder = made.with_context(|| format!("{}: cannot be mounted in", folder.display()))?;
-        self.runtime.set_mount_root(folder);
+        let made = fs::create_dir_all(folder).and_then(|()| Folder::root(folder));
+        let root = made.with_context(|| format!("{}: cannot be mounted in", folder.display()))?;
+        self.runtime.set_mount_root(root.path().to_owned());
         Ok(())
     }
 
@@ -125,14 +131,13 @@ impl Pool {
     /// # Errors
     /// One line.
     pub(crate) fn names(&self) -> Result<Vec<Name>> {
-        let cannot = || format!("{}: cannot look into it", self.folder.display());
+        let cannot = || format!("{}: cannot look into it", self.folder().display());
         let mut names = Vec::new();
-        for entry in fs::read_dir(&self.folder).with_context(cannot)? {
-            let entry = entry.with_context(cannot)?;
-            let name = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if let Some(name) = name
-                && entry.path().is_dir()
-            {
+        for name in self.root.names().with_context(cannot)? {
+            let Some(name) = name.to_str().and_then(|name| name.parse::<Name>().ok()) else { continue };
+            // A link is no volume, and shown as a broken one.
+            let kind = self.root.kind(&name).with_context(cannot)?;
+            if matches!(kind, Some(FileType::Directory | FileType::Symlink)) {
                 names.push(name);
             }
         }
@@ -146,15 +151,24 @@ impl Pool {
     /// One line, where the pool itself cannot be read.
     pub(crate) fn all(&self) -> Result<Vec<(Name, Result<Record>)>> {
         let read = |name: Name| {
-            let record = Record::read(&self.path_of(&name), &name);
+            let record = self.folder_of(&name).and_then(|folder| Record::read(&folder, &name));
             (name, record)
         };
         Ok(self.names()?.into_iter().map(read).collect())
     }
 
-    /// A volume's folder.
-    pub(crate) fn path_of(&self, name: &Name) -> PathBuf {
-        self.folder.join(name)
+    /// Opens a volume's folder.
+    ///
+    /// # Errors
+    /// Not found; [`Error::Broken`]: a link, another mount, or another user's.
+    pub(super) fn folder_of(&self, name: &Name) -> Result<Folder> {
+        self.root.folder(name).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => self.not_found(name),
+            _ => Error::Broken(format!(
+                "volume `{name}` is broken: {}: {error}",
+                self.folder().join(name).display()
+            )),
+        })
     }
 
     /// Takes a volume to work on it; waits for whoever does.
@@ -162,10 +176,10 @@ impl Pool {
     /// # Errors
     /// Not found, broken.
     pub(crate) fn volume(&self, name: &Name) -> Result<Volume<'_>> {
-        let lock = self.lock_volume(name, FlockOperation::LockExclusive)?;
-        let lock = lock.ok_or_else(|| anyhow!("volume `{name}` is locked"))?;
-        let record = Record::read(&self.path_of(name), name)?;
-        let volume = Volume { pool: self, name: name.clone(), record, lock };
+        let folder = self.lock_volume(name, FlockOperation::LockExclusive)?;
+        let folder = folder.ok_or_else(|| anyhow!("volume `{name}` is locked"))?;
+        let record = Record::read(&folder, name)?;
+        let volume = Volume { pool: self, name: name.clone(), record, folder };
         if volume.record.pending.is_some() {
             // Whoever began it has died since the pool was opened.
             volume.converge()?;
@@ -175,34 +189,34 @@ impl Pool {
     }
 
     /// Locks a volume's folder; None where it is locked and that is not to be waited for.
-    pub(super) fn lock_volume(&self, name: &Name, how: FlockOperation) -> Result<Option<File>> {
-        let path = self.path_of(name);
+    pub(super) fn lock_volume(&self, name: &Name, how: FlockOperation) -> Result<Option<Folder>> {
         loop {
-            let folder = match File::open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.not_found(name)),
-                other => other.with_context(|| format!("{}: cannot open it", path.display()))?,
-            };
-            match retry(|| flock(&folder, how)) {
+            let folder = self.folder_of(name)?;
+            let shown = folder.path().display();
+            match retry(|| flock(folder.handle(), how)) {
                 Err(Errno::WOULDBLOCK) => return Ok(None),
-                other => other.with_context(|| format!("{}: cannot lock it", path.display()))?,
+                other => other.with_context(|| format!("{shown}: cannot lock it"))?,
             }
             // It may have been removed, and another made, while we waited.
-            let locked = folder.metadata().with_context(|| path.display().to_string())?;
-            if fs::metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (locked.dev(), locked.ino())) {
+            let identity = |folder: &Folder| folder.handle().metadata().map(|meta| (meta.dev(), meta.ino()));
+            let locked = identity(&folder).with_context(|| shown.to_string())?;
+            if self.root.folder(name).and_then(|now| identity(&now)).is_ok_and(|now| now == locked) {
                 return Ok(Some(folder));
             }
         }
     }
 
     pub(super) fn not_found(&self, name: &Name) -> Error {
-        Error::NotFound { name: name.clone(), pool: self.folder.clone() }
+        Error::NotFound { name: name.clone(), pool: self.folder().to_owned() }
     }
 
     /// The pool's own lock, until it is dropped.
-    pub(super) fn lock(&self) -> Result<File> {
-        let folder = File::open(&self.folder).with_context(|| self.folder.display().to_string())?;
-        retry(|| flock(&folder, FlockOperation::LockExclusive))
-            .with_context(|| format!("{}: cannot lock it", self.folder.display()))?;
+    pub(super) fn lock(&self) -> Result<Folder> {
+        // A descriptor of its own, as the lock is the descriptor's.
+        let shown = self.folder().display();
+        let folder = self.root.folder(".").with_context(|| shown.to_string())?;
+        retry(|| flock(folder.handle(), FlockOperation::LockExclusive))
+            .with_context(|| format!("{shown}: cannot lock it"))?;
         Ok(folder)
     }
 
@@ -233,10 +247,12 @@ impl Pool {
     }
 
     fn converge_one(&self, name: &Name) {
-        let Ok(Some(lock)) = self.lock_volume(name, FlockOperation::NonBlockingLockExclusive) else { return };
+        let Ok(Some(folder)) = self.lock_volume(name, FlockOperation::NonBlockingLockExclusive) else {
+            return;
+        };
         // Now that nobody else can change it.
-        let Ok(record) = Record::read(&self.path_of(name), name) else { return };
-        let mut volume = Volume { pool: self, name: name.clone(), record, lock };
+        let Ok(record) = Record::read(&folder, name) else { return };
+        let mut volume = Volume { pool: self, name: name.clone(), record, folder };
         let converged = match volume.record.pending {
             Some(_) => volume.converge(),
             None => volume.let_go(),
@@ -248,22 +264,19 @@ impl Pool {
 }
 
 impl Volume<'_> {
-    /// The volume's folder.
-    pub(crate) fn folder(&self) -> PathBuf {
-        self.pool.path_of(&self.name)
-    }
-
-    /// Its disk; None where that is a remote one.
+    /// Where its disk is; None where that is a remote one.
     pub(crate) fn disk(&self) -> Option<PathBuf> {
-        self.record.disk_name().map(|name| self.folder().join(name))
+        self.record.disk_name().map(|name| self.folder.path().join(name))
     }
 
-    /// The same, where it must have one.
+    /// Its disk, where it must have one.
     ///
     /// # Errors
-    /// It is a remote one.
-    pub(super) fn own_disk(&self) -> Result<PathBuf> {
-        self.own_format().map(|format| self.folder().join(format.disk_name()))
+    /// It is a remote one, or no regular file.
+    pub(super) fn own_disk(&self) -> Result<Entry> {
+        let name = self.own_format()?.disk_name();
+        let found = self.folder.file(name);
+        Ok(found.with_context(|| format!("{}: cannot open it", self.folder.path().join(name).display()))?)
     }
 
     /// That disk's format.
@@ -284,7 +297,7 @@ impl Volume<'_> {
     /// # Errors
     /// One line.
     pub(crate) fn save(&self) -> Result<()> {
-        self.record.write(&self.folder())
+        self.record.write(&self.folder)
     }
 
     /// Undoes or finishes what was cut short.
@@ -335,9 +348,9 @@ impl Volume<'_> {
     }
 }
 
-fn read_settings(folder: &Path) -> Result<Settings> {
-    let (shown, file) = (folder.display(), folder.join(FILE));
-    let settings = match durable::read(&file) {
+fn read_settings(root: &Folder) -> Result<Settings> {
+    let (shown, file) = (root.path().display(), root.path().join(FILE));
+    let settings = match root.read(FILE) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let line = format!(
                 "{shown}: is not a pool of volumes; make one: nbdbridge volume pool --pool {shown} --make"
@@ -354,10 +367,10 @@ fn read_settings(folder: &Path) -> Result<Settings> {
     })
 }
 
-fn write_settings(folder: &Path, settings: &Settings) -> Result<()> {
+fn write_settings(root: &Folder, settings: &Settings) -> Result<()> {
     let bytes = serde_json::to_vec_pretty(settings).context("settings as JSON")?;
-    durable::write(folder, FILE, &bytes)
-        .with_context(|| format!("{}: cannot write it", folder.join(FILE).display()))?;
+    root.write(FILE, &bytes)
+        .with_context(|| format!("{}: cannot write it", root.path().join(FILE).display()))?;
     Ok(())
 }
 

@@ -3,9 +3,7 @@
 //! A leaf file: the only `unsafe` is unshare(2).
 #![allow(unsafe_code)]
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -29,14 +27,13 @@ pub(super) fn mounted(
     device: &Path,
     work: impl FnOnce(&Path) -> Result<()> + Send,
 ) -> Result<()> {
-    let point = volume.pool.runtime().private_point();
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&point)
-        .with_context(|| format!("{}: cannot make it", point.display()))?;
     apart(|| {
-        volume.mount_at(device, &point, false)?;
+        // Opened here: a descriptor from outside is of another namespace's mount.
+        let folder = volume.pool.runtime().make_private_point()?;
+        volume.mount_at(device, &folder, false)?;
+        let point = folder.path().to_owned();
+        // An open folder below a mount does not keep it, and is of no more use.
+        drop(folder);
         let worked = work(&point);
         let unmounted = unmount_soon(&point);
         unmounted.with_context(|| format!("{}: cannot unmount it", point.display()))?;

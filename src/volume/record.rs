@@ -10,7 +10,6 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -18,7 +17,8 @@ use bridge::layer::ThrottleConfig;
 use serde::{Deserialize, Serialize};
 
 use super::options::DiskFormat;
-use super::{Error, FsKind, Name, Options, Origin, Result, durable};
+use super::{Error, FsKind, Name, Options, Origin, Result};
+use crate::beneath::Folder;
 
 /// The file in a volume's folder.
 pub(super) const FILE: &str = "volume.json";
@@ -121,11 +121,11 @@ impl Record {
     ///
     /// # Errors
     /// [`Error::Broken`]: it is not there, damaged, or of a later version.
-    pub(super) fn read(folder: &Path, name: &Name) -> Result<Self> {
-        let path = folder.join(FILE);
+    pub(super) fn read(folder: &Folder, name: &Name) -> Result<Self> {
+        let path = folder.path().join(FILE);
         let broken =
             |why: String| Error::Broken(format!("volume `{name}` is broken: {}: {why}", path.display()));
-        let bytes = match durable::read(&path) {
+        let bytes = match folder.read(FILE) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(broken("is missing".to_owned()));
             }
@@ -141,22 +141,22 @@ impl Record {
         }
         let record: Record = serde_json::from_slice(&bytes).map_err(|error| broken(error.to_string()))?;
         // A link in a copied folder could lead to any disk of this host.
-        if let Some(disk) = record.disk_name().map(|disk| folder.join(disk))
-            && std::fs::symlink_metadata(&disk).is_ok_and(|found| !found.is_file())
+        if let Some(disk) = record.disk_name()
+            && let Err(error) = folder.file(disk)
+            && error.kind() != io::ErrorKind::NotFound
         {
-            return Err(Error::Broken(format!(
-                "volume `{name}` is broken: {}: is no regular file",
-                disk.display()
-            )));
+            let path = folder.path().join(disk);
+            return Err(Error::Broken(format!("volume `{name}` is broken: {}: {error}", path.display())));
         }
         Ok(record)
     }
 
     /// Writes the record; it is durable when this returns.
-    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+    pub(super) fn write(&self, folder: &Folder) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self).context("a record as JSON")?;
-        durable::write(folder, FILE, &bytes)
-            .with_context(|| format!("{}: cannot write it", folder.join(FILE).display()))?;
+        folder
+            .write(FILE, &bytes)
+            .with_context(|| format!("{}: cannot write it", folder.path().join(FILE).display()))?;
         Ok(())
     }
 }
@@ -190,18 +190,19 @@ mod tests {
 
     #[test]
     fn a_record_survives_its_file() {
-        let folder = tempfile::tempdir().unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let folder = Folder::root(home.path()).unwrap();
         let name: Name = "a".parse().unwrap();
         let options = Options::parse([("size", "1G"), ("iops-total", "7")]).unwrap();
         let record = Record::new(options, 1 << 30, FsKind::Ext4, Some(DiskFormat::Raw));
-        record.write(folder.path()).unwrap();
-        assert_eq!(Record::read(folder.path(), &name).unwrap(), record);
+        record.write(&folder).unwrap();
+        assert_eq!(Record::read(&folder, &name).unwrap(), record);
         assert_eq!(record.limits.iops.total.avg, 7);
         let path = folder.path().join(FILE);
         let text = std::fs::read_to_string(&path).unwrap();
         let broken = |content: &str, part: &str| {
             std::fs::write(&path, content).unwrap();
-            let error = Record::read(folder.path(), &name).unwrap_err();
+            let error = Record::read(&folder, &name).unwrap_err();
             assert!(matches!(error, Error::Broken(_)) && error.to_string().contains(part), "{error}");
             assert_eq!(error.to_string().lines().count(), 1);
         };
@@ -211,9 +212,9 @@ mod tests {
         broken(&text.replace("\"schema\": 1", "\"schema\": 2"), "has schema 2, and this version knows 1");
         broken(&text.replace("\"size\": \"", "\"siez\": \""), "unknown option");
         std::fs::remove_file(&path).unwrap();
-        let error = Record::read(folder.path(), &name).unwrap_err().to_string();
+        let error = Record::read(&folder, &name).unwrap_err().to_string();
         assert!(error.contains("is missing"), "{error}");
         std::fs::write(&path, text.replace("\"schema\"", "\"later\": [1], \"schema\"")).unwrap();
-        assert_eq!(Record::read(folder.path(), &name).unwrap(), record);
+        assert_eq!(Record::read(&folder, &name).unwrap(), record);
     }
 }

@@ -1,18 +1,18 @@
 //! Removing a volume. It is gone at once, by a rename; what is left of its folder goes after that, or, where that was cut
 //! short, when the pool is opened next.
 
-use std::fs::{self, File};
-use std::path::Path;
+use std::ffi::OsStr;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use anyhow::Context;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FileType, FlockOperation, flock};
 
 use super::options::DiskFormat;
 use super::plane::Plane;
 use super::pool::{GONE, NEW};
 use super::runtime::State;
-use super::{Error, Name, Pool, Result, Volume, durable};
+use super::{Error, Name, Pool, Result, Volume};
+use crate::beneath::Folder;
 
 impl Pool {
     /// Removes a volume with all that is in it. One that is in use only with `force`: its users get errors then; and so one
@@ -45,7 +45,12 @@ impl Pool {
     }
 
     fn remove_broken(&self, name: &Name) -> Result<()> {
-        let lock = self.lock_volume(name, FlockOperation::LockExclusive)?;
+        let is_link = || self.root().kind(name).is_ok_and(|kind| kind == Some(FileType::Symlink));
+        let folder = match self.lock_volume(name, FlockOperation::LockExclusive) {
+            // A link in the place of a folder goes, and what it leads to stays.
+            Err(Error::Broken(_)) if is_link() => None,
+            other => other?,
+        };
         let state = self.state(name)?;
         if let Some(path) = &state.mounted {
             crate::fuse::unmount(path, true)?;
@@ -54,66 +59,68 @@ impl Pool {
         if plane.is_none() && state.starting {
             // Whoever started it did not live to tell.
             let disks = [DiskFormat::Raw, DiskFormat::Qcow2]
-                .map(|format| self.path_of(name).join(format.disk_name()));
+                .map(|format| self.folder().join(name).join(format.disk_name()));
             plane = disks.into_iter().find_map(|disk| Plane::find(&disk.into_os_string(), false, &[]));
         }
         if let Some(plane) = plane {
             plane.stop(true)?;
         }
         self.runtime().write(name, &State::default())?;
-        self.bury(name, lock)
+        self.bury(name, folder)
     }
 
     /// Renames a volume's folder, so that there is none any more, and removes it.
-    fn bury(&self, name: &Name, _lock: Option<File>) -> Result<()> {
+    fn bury(&self, name: &Name, _locked: Option<Folder>) -> Result<()> {
         // Another thread may still be at work on the last one of this name.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Relaxed);
-        let path = self.path_of(name);
-        let gone = self.folder().join(format!("{GONE}{name:.200}-{}-{number}", std::process::id()));
-        let cannot = || format!("{}: cannot remove it", path.display());
+        let gone = format!("{GONE}{name:.200}-{}-{number}", std::process::id());
+        let cannot = || format!("{}: cannot remove it", self.folder().join(name).display());
         {
             let _pool = self.lock()?;
             // What another process of our number has left there.
-            let _ = fs::remove_dir_all(&gone);
-            fs::rename(&path, &gone).with_context(cannot)?;
-            durable::sync_folder(self.folder()).with_context(cannot)?;
+            let _ = self.root().remove(&gone);
+            self.root().rename(name, self.root(), &gone).with_context(cannot)?;
+            self.root().sync().with_context(cannot)?;
         }
-        fs::remove_dir_all(&gone).with_context(|| format!("{}: cannot remove it", gone.display()))?;
+        let removed = self.root().remove(&gone);
+        removed.with_context(|| format!("{}: cannot remove it", self.folder().join(&gone).display()))?;
         Ok(())
     }
 
     /// Removes what was cut short before it had its name, or after it had lost it.
     pub(super) fn sweep(&self) -> Result<()> {
-        let entries = fs::read_dir(self.folder()).with_context(|| self.folder().display().to_string())?;
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(GONE) {
-                remove_unlocked(&entry.path());
-            } else if name.starts_with(NEW) {
+        let names = self.root().names().with_context(|| self.folder().display().to_string())?;
+        for name in names {
+            let shown = name.to_string_lossy();
+            if shown.starts_with(GONE) {
+                self.remove_unlocked(&name);
+            } else if shown.starts_with(NEW) {
                 let _pool = self.lock()?;
-                remove_unlocked(&entry.path());
+                self.remove_unlocked(&name);
             }
         }
         Ok(())
+    }
+
+    /// Removes a folder that nobody works on. What cannot be removed stays for the next time.
+    fn remove_unlocked(&self, name: &OsStr) {
+        let is_free = match self.root().folder(name) {
+            Ok(folder) => flock(folder.handle(), FlockOperation::NonBlockingLockExclusive).is_ok(),
+            // Nobody works on what is no folder of ours.
+            Err(_) => true,
+        };
+        if is_free {
+            let _ = self.root().remove(name);
+        }
     }
 }
 
 impl Volume<'_> {
     /// Removes its folder; nothing of it is attached.
     pub(super) fn bury(self) -> Result<()> {
-        let Volume { pool, name, lock, .. } = self;
-        pool.bury(&name, Some(lock))
-    }
-}
-
-/// Removes a folder that nobody works on. What cannot be removed stays for the next time.
-fn remove_unlocked(path: &Path) {
-    if let Ok(folder) = File::open(path)
-        && flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
-    {
-        let _ = fs::remove_dir_all(path);
+        let Volume { pool, name, folder, .. } = self;
+        pool.bury(&name, Some(folder))
     }
 }
 

@@ -96,13 +96,13 @@ impl Volume<'_> {
 
     /// Makes the disk larger, durably. Gives a line for each door that keeps its size.
     fn grow_disk(&self, format: DiskFormat, size: u64) -> Result<Vec<String>> {
-        let path = self.own_disk()?;
+        let disk = self.own_disk()?;
         if self.record.options.provision == Provision::Thick {
-            disk::reserve(&path, size)?;
+            disk::reserve(&disk, size)?;
         }
         let state = self.state()?;
         let Some(plane) = &state.plane else {
-            disk::grow(&path, format, size)?;
+            disk::grow(&disk, format, size)?;
             return Ok(Vec::new());
         };
         if plane.life() == Life::Dead {

@@ -10,13 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use super::plane::Plane;
 use super::{Name, Result, durable};
+use crate::beneath::Folder;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -45,6 +46,14 @@ pub(crate) struct State {
     pub(crate) held_at: u64,
     /// Holders that came around then and have not unmounted since.
     pub(super) recent: BTreeSet<String>,
+}
+
+/// Makes the folder `name` in `root`, which is made as well.
+fn make_point(root: &Path, name: &Path) -> Result<Folder> {
+    let point = root.join(name);
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
+    let made = made.and_then(|()| Folder::root(root)).and_then(|root| root.make_folder(name));
+    Ok(made.with_context(|| format!("{}: cannot be mounted on", point.display()))?)
 }
 
 impl State {
@@ -125,9 +134,20 @@ impl Runtime {
         Ok(())
     }
 
-    /// Where mounts are made that nobody else sees.
-    pub(super) fn private_point(&self) -> PathBuf {
-        self.folder.join(".private")
+    /// Makes the folder where a volume is mounted, and opens it: no link is followed below the folder for all of them.
+    ///
+    /// # Errors
+    /// One line: it is a link, or something else is mounted there.
+    pub(super) fn make_mount_point(&self, name: &Name) -> Result<Folder> {
+        make_point(&self.mount_root, name.as_ref())
+    }
+
+    /// Makes the folder for mounts that nobody else sees, and opens it.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn make_private_point(&self) -> Result<Folder> {
+        make_point(&self.folder, Path::new(".private"))
     }
 
     /// The names of all volumes that something is known of.

@@ -9,19 +9,19 @@
 //! What they take counts as promised in the pool. Each has all that it needs: blocks that it shares with the volume or a copy are the file system's business. So a snapshot
 //! can be removed whatever was made from it, and it moves with the volume's folder.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use super::capture::{self, capture};
+use super::capture::{self, Target, capture};
 use super::copy::How;
 use super::options::DiskFormat;
-use super::{Error, FsKind, Name, Pending, Pool, Progress, Record, Result, Volume, durable, freeze};
+use super::{Error, FsKind, Name, Pending, Pool, Progress, Record, Result, Volume, freeze};
+use crate::beneath::{Entry, Folder};
 
 /// In a volume's folder.
 const FOLDER: &str = "snapshots";
@@ -93,7 +93,7 @@ impl Pool {
     /// # Errors
     /// One line: there is no such volume, or its folder cannot be read.
     pub(crate) fn snapshots(&self, volume: &Name) -> Result<Vec<Snapshot>> {
-        let folder = self.path_of(volume);
+        let folder = self.folder_of(volume)?;
         Record::read(&folder, volume)?;
         list(&folder)
     }
@@ -104,17 +104,22 @@ impl Pool {
     /// One line: there is none of that name.
     pub(crate) fn remove_snapshot(&self, volume: &Name, name: &Name) -> Result<()> {
         let volume = self.volume(volume)?;
-        let folder = volume.folder().join(FOLDER);
+        let cannot = || cannot_remove(&volume, name);
+        let folder = open_all(&volume.folder)?;
         // One that is not sound can be removed as well.
-        if !folder.join(name).is_dir() {
-            volume.find_snapshot(name)?;
-        }
-        let gone = folder.join(GONE);
-        clear(&gone)
-            .and_then(|()| fs::rename(folder.join(name), &gone))
-            .with_context(|| cannot_remove(&volume, name))?;
-        durable::sync_folder(&folder).with_context(|| cannot_remove(&volume, name))?;
-        clear(&gone).with_context(|| cannot_remove(&volume, name))?;
+        let there = match &folder {
+            Some(folder) => folder.kind(name).with_context(cannot)?.is_some(),
+            None => false,
+        };
+        let Some(folder) = folder.filter(|_| there) else {
+            return volume.find_snapshot(name).map(drop);
+        };
+        folder
+            .remove(GONE)
+            .and_then(|()| folder.rename(name, &folder, GONE))
+            .and_then(|()| folder.sync())
+            .and_then(|()| folder.remove(GONE))
+            .with_context(cannot)?;
         Ok(())
     }
 }
@@ -125,23 +130,39 @@ impl Volume<'_> {
     /// # Errors
     /// One line with those that there are.
     pub(super) fn find_snapshot(&self, name: &Name) -> Result<Snapshot> {
-        let all = list(&self.folder())?;
-        let names: Vec<_> = all.iter().map(|snapshot| snapshot.name.to_string()).collect();
-        all.into_iter().find(|snapshot| snapshot.name == *name).ok_or_else(|| {
-            let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            Error::NoSnapshot(format!("volume `{}` has no snapshot `{name}`; there is {there}", self.name))
-        })
+        if let Some(folder) = open_all(&self.folder)?
+            && folder.kind(name).is_ok_and(|kind| kind.is_some())
+        {
+            return read(&folder, name.clone()).map_err(|error| {
+                let path = folder.path().join(name);
+                Error::Broken(format!(
+                    "snapshot `{}@{name}` is broken: {}: {error:#}",
+                    self.name,
+                    path.display()
+                ))
+            });
+        }
+        let names: Vec<_> = list(&self.folder)?.iter().map(|snapshot| snapshot.name.to_string()).collect();
+        let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Err(Error::NoSnapshot(format!("volume `{}` has no snapshot `{name}`; there is {there}", self.name)))
     }
 
-    /// Where a snapshot's disk is.
-    pub(super) fn snapshot_disk(&self, snapshot: &Snapshot) -> PathBuf {
-        self.folder().join(FOLDER).join(&snapshot.name).join(snapshot.format.disk_name())
+    /// A snapshot's disk.
+    ///
+    /// # Errors
+    /// It is no regular file.
+    pub(super) fn snapshot_disk(&self, snapshot: &Snapshot) -> Result<Entry> {
+        let name = Path::new(FOLDER).join(&snapshot.name).join(snapshot.format.disk_name());
+        let found = self.folder.file(&name);
+        Ok(found.with_context(|| format!("{}: cannot open it", self.folder.path().join(&name).display()))?)
     }
 
     fn take_snapshot(&mut self, name: &Name, limit: Duration, progress: &dyn Progress) -> Result<Taken> {
         let format = self.own_format()?;
-        let folder = self.folder().join(FOLDER);
-        if folder.join(name).exists() {
+        let cannot = || format!("{}: cannot look into it", self.folder.path().join(FOLDER).display());
+        let made = self.folder.make_folder(FOLDER);
+        let folder = made.with_context(cannot)?;
+        if folder.kind(name).with_context(cannot)?.is_some() {
             return Err(Error::Exists(format!("volume `{}` has a snapshot `{name}` already", self.name)));
         }
         let written = Written {
@@ -157,7 +178,7 @@ impl Volume<'_> {
         let made = self.make_snapshot(&folder, name, &written, limit, progress);
         if made.is_err() {
             // The first error is the one to tell.
-            let _ = clear(&folder.join(NEW));
+            let _ = folder.remove(NEW);
         }
         self.record.pending = None;
         self.save()?;
@@ -167,22 +188,22 @@ impl Volume<'_> {
 
     fn make_snapshot(
         &self,
-        folder: &Path,
+        folder: &Folder,
         name: &Name,
         written: &Written,
         limit: Duration,
         progress: &dyn Progress,
     ) -> Result<How> {
-        let new = folder.join(NEW);
-        let cannot = || format!("{}: cannot make the snapshot", new.display());
-        clear(&new).with_context(cannot)?;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&new).with_context(cannot)?;
-        durable::sync_folder(&self.folder()).with_context(cannot)?;
-        let how = capture(self, &new.join(written.format.disk_name()), false, limit, progress)?;
+        let cannot = || format!("{}: cannot make the snapshot", folder.path().join(NEW).display());
+        folder.remove(NEW).with_context(cannot)?;
+        let new = folder.make_folder(NEW).with_context(cannot)?;
+        self.folder.sync().with_context(cannot)?;
+        let target = Target { folder: &new, name: written.format.disk_name() };
+        let how = capture(self, target, false, limit, progress)?;
         let json = serde_json::to_vec_pretty(written).context("a snapshot's record as JSON")?;
-        durable::write(&new, FILE, &json)
-            .and_then(|()| fs::rename(&new, folder.join(name)))
-            .and_then(|()| durable::sync_folder(folder))
+        new.write(FILE, &json)
+            .and_then(|()| folder.rename(NEW, folder, name))
+            .and_then(|()| folder.sync())
             .with_context(cannot)?;
         Ok(how)
     }
@@ -199,9 +220,12 @@ impl Volume<'_> {
                 Err(error) => tracing::warn!("{}: cannot be thawed: {error}", point.display()),
             }
         }
-        let folder = self.folder().join(FOLDER);
-        for left in [NEW, GONE].map(|name| folder.join(name)) {
-            clear(&left).with_context(|| format!("{}: cannot remove it", left.display()))?;
+        if let Some(folder) = open_all(&self.folder)? {
+            for left in [NEW, GONE] {
+                let removed = folder.remove(left);
+                removed
+                    .with_context(|| format!("{}: cannot remove it", folder.path().join(left).display()))?;
+            }
         }
         self.record.pending = None;
         self.save()
@@ -212,45 +236,45 @@ fn cannot_remove(volume: &Volume<'_>, name: &Name) -> String {
     format!("volume `{}`: cannot remove the snapshot `{name}`", volume.name)
 }
 
-/// Removes a folder that may be there.
-fn clear(folder: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+/// Opens the folder of a volume's snapshots; None where there is none.
+fn open_all(volume: &Folder) -> Result<Option<Folder>> {
+    match volume.folder(FOLDER) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::Broken(format!("{}: {error}", volume.path().join(FOLDER).display()))),
+        Ok(folder) => Ok(Some(folder)),
     }
 }
 
 /// What the snapshots in a volume's folder take of the pool at most, in bytes.
-pub(super) fn promised(volume: &Path) -> u64 {
+pub(super) fn promised(volume: &Folder) -> u64 {
     let all = list(volume).unwrap_or_default();
     all.iter().fold(0, |sum, snapshot| sum.saturating_add(snapshot.allocated))
 }
 
 /// All that are whole, the oldest first. One that cannot be read is left out: its name still cannot be given again.
-fn list(volume: &Path) -> Result<Vec<Snapshot>> {
-    let folder = volume.join(FOLDER);
-    let cannot = || format!("{}: cannot look into it", folder.display());
-    let entries = match fs::read_dir(&folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.with_context(cannot)?,
-    };
+fn list(volume: &Folder) -> Result<Vec<Snapshot>> {
+    let Some(folder) = open_all(volume)? else { return Ok(Vec::new()) };
     let mut all = Vec::new();
-    for entry in entries {
-        let entry = entry.with_context(cannot)?;
-        let Some(name) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        match read(&entry.path(), name) {
+    let names =
+        folder.names().with_context(|| format!("{}: cannot look into it", folder.path().display()))?;
+    for name in names.iter().filter_map(|name| name.to_str()?.parse::<Name>().ok()) {
+        match read(&folder, name.clone()) {
             Ok(snapshot) => all.push(snapshot),
-            Err(error) => tracing::warn!("{}: is no sound snapshot: {error:#}", entry.path().display()),
+            Err(error) => {
+                tracing::warn!("{}: is no sound snapshot: {error:#}", folder.path().join(name).display());
+            }
         }
     }
     all.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
     Ok(all)
 }
 
-fn read(folder: &Path, name: Name) -> anyhow::Result<Snapshot> {
-    let Written { schema, created, size, fs, format, unclean } =
-        serde_json::from_slice(&durable::read(&folder.join(FILE))?)?;
+fn read(all: &Folder, name: Name) -> anyhow::Result<Snapshot> {
+    let folder = all.folder(&name)?;
+    let json = folder.read(FILE).context(FILE)?;
+    let Written { schema, created, size, fs, format, unclean } = serde_json::from_slice(&json)?;
     anyhow::ensure!(schema == SCHEMA, "has schema {schema}, and this version knows {SCHEMA}");
-    let disk = folder.join(format.disk_name()).metadata().context("its disk")?;
+    let disk = folder.file(format.disk_name()).and_then(|disk| disk.metadata());
+    let disk = disk.with_context(|| format!("its {}", format.disk_name()))?;
     Ok(Snapshot { name, created, size, allocated: disk.blocks() * 512, fs, format, unclean })
 }

@@ -92,7 +92,7 @@ impl Pool {
         let reserve = settings.reserve.of(capacity);
         let sizes = self.all()?.into_iter().filter_map(|(name, record)| {
             let disk = record.ok().filter(|record| record.format.is_some())?.size;
-            Some(disk.saturating_add(snapshot::promised(&self.path_of(&name))))
+            Some(disk.saturating_add(self.folder_of(&name).map_or(0, |folder| snapshot::promised(&folder))))
         });
         let promised = sizes.fold(0_u64, u64::saturating_add);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` saturates")]

@@ -1,7 +1,6 @@
 //! What a person or an engine is told of a volume.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,7 @@ use super::options::DiskFormat;
 use super::plane::Life;
 use super::runtime::State;
 use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
+use crate::beneath::Folder;
 
 /// A volume, as `inspect` shows it and Docker's `Get`.
 #[derive(Clone, Debug, Serialize)]
@@ -50,10 +50,7 @@ impl Pool {
     /// # Errors
     /// Not found, broken.
     pub(crate) fn status(&self, name: &Name) -> Result<Status> {
-        let folder = self.path_of(name);
-        if !folder.is_dir() {
-            return Err(self.not_found(name));
-        }
+        let folder = self.folder_of(name)?;
         let record = Record::read(&folder, name)?;
         let state = self.state(name)?;
         let plane = state.plane.as_ref();
@@ -63,7 +60,7 @@ impl Pool {
             name: name.clone(),
             created: record.created,
             size: record.size,
-            allocated: record.disk_name().map_or(0, |disk| allocated(&folder.join(disk))),
+            allocated: record.disk_name().map_or(0, |disk| allocated(&folder, disk)),
             fs: record.fs,
             format: record.format,
             usage: of_fs.and_then(usage),
@@ -104,8 +101,8 @@ fn health(record: &Record, state: &State) -> Health {
 }
 
 /// Bytes that a file takes.
-fn allocated(path: &Path) -> u64 {
-    fs::metadata(path).map_or(0, |found| found.blocks() * 512)
+fn allocated(folder: &Folder, disk: &str) -> u64 {
+    folder.file(disk).and_then(|disk| disk.metadata()).map_or(0, |found| found.blocks() * 512)
 }
 
 fn usage(path: &Path) -> Option<Usage> {

@@ -205,3 +205,247 @@ fn a_journal_on_another_device_is_not_looked_for() {
     world.assert_idle();
     assert!(fs::read(&journal).unwrap() == before);
 }
+
+/// A pool with a sound volume and a snapshot of it, and a secret of the host's beside.
+fn pool_with_secret(world: &World) -> PathBuf {
+    world.ok("create v -o size=1M -o fs=none");
+    world.ok("snapshot v s");
+    let secret = world.join("secret");
+    fs::write(&secret, "secret".repeat(4096)).unwrap();
+    secret
+}
+
+/// Puts something else in the place of a path for a while.
+fn replaced(path: &Path, make: impl FnOnce(&Path), work: impl FnOnce()) {
+    let aside = path.with_file_name(".aside");
+    fs::rename(path, &aside).unwrap();
+    make(path);
+    work();
+    if path.symlink_metadata().unwrap().is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) }
+        .unwrap();
+    fs::rename(&aside, path).unwrap();
+}
+
+#[test]
+fn no_link_fifo_or_file_of_others_is_opened_in_a_pool() {
+    if skip("no_link_fifo_or_file_of_others_is_opened_in_a_pool", &["mkfifo"]) {
+        return;
+    }
+    let world = World::new();
+    let secret = pool_with_secret(&world);
+    let volume = world.volume("v");
+    let elsewhere = world.join("elsewhere");
+    run("cp", &[&"-r", &volume, &elsewhere]);
+    // What is asked, and which of the places it has to reach.
+    let all =
+        ["mount v", "inspect v", "clone v new", "clone v@s new", "snapshot v t", "resize v 2M", "fsck v"];
+    let refused = |lines: &[&str], what: &str| {
+        for line in lines {
+            let begun = std::time::Instant::now();
+            let said = world.fails(line, 1);
+            assert!(said.contains("pool/") && !said.contains("/proc/"), "{what}: {line}: {said}");
+            assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{what}: {line} waited");
+        }
+        assert_eq!(world.names(), ["v"], "{what}");
+        world.ok("ls");
+    };
+    type Make<'a> = &'a dyn Fn(&Path);
+    let link = |path: &Path| std::os::unix::fs::symlink(&secret, path).unwrap();
+    let fifo = |path: &Path| drop(run("mkfifo", &[&path]));
+    let folder = |path: &Path| fs::create_dir(path).unwrap();
+    let others = |path: &Path| {
+        fs::copy(path.with_file_name(".aside"), path).unwrap();
+        std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+    };
+    let kinds: [(&str, Make<'_>); 4] =
+        [("link", &link), ("fifo", &fifo), ("folder", &folder), ("others", &others)];
+    for (what, make) in kinds {
+        replaced(&volume.join("disk.raw"), make, || refused(&all, what));
+        replaced(&volume.join("volume.json"), make, || refused(&all, what));
+        replaced(&volume.join("snapshots/s/disk.raw"), make, || refused(&["clone v@s new"], what));
+        replaced(&volume.join("snapshots/s/snapshot.json"), make, || refused(&["clone v@s new"], what));
+    }
+    // Links to folders, to sound ones too.
+    for (path, target, lines) in [
+        (
+            volume.join("snapshots"),
+            elsewhere.join("snapshots"),
+            &["inspect v", "clone v@s new", "snapshot v t"][..],
+        ),
+        (volume.join("snapshots/s"), elsewhere.join("snapshots/s"), &["clone v@s new"]),
+        (volume.clone(), elsewhere.clone(), &all),
+    ] {
+        let link = |path: &Path| std::os::unix::fs::symlink(&target, path).unwrap();
+        replaced(&path, link, || refused(lines, path.to_str().unwrap()));
+    }
+    world.assert_idle();
+    assert_eq!(fs::read_to_string(&secret).unwrap(), "secret".repeat(4096));
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 3);
+    // It is sound as it was.
+    world.ok("clone v@s new");
+    world.mount("v");
+    world.ok("umount v");
+}
+
+#[test]
+fn what_is_made_and_removed_in_a_pool_stays_in_it() {
+    if skip("what_is_made_and_removed_in_a_pool_stays_in_it", &["mkfifo", "mount"]) {
+        return;
+    }
+    let world = World::new();
+    let secret = pool_with_secret(&world);
+    let (pool, volume) = (world.join("pool"), world.volume("v"));
+    let link = |path: PathBuf| std::os::unix::fs::symlink(&secret, path).unwrap();
+    let kept = || assert_eq!(fs::read_to_string(&secret).unwrap(), "secret".repeat(4096));
+    // Where a record, settings and a snapshot are written before they are renamed.
+    link(volume.join(".volume.json.new"));
+    world.ok("limit v iops-total=7000");
+    assert_eq!(world.inspect("v")["limits"]["iops-total"], 7000);
+    link(pool.join("..pool.json.new"));
+    world.ok("pool --default-size 2M");
+    link(volume.join("snapshots/.new"));
+    world.ok("snapshot v t");
+    link(volume.join("snapshots/.gone"));
+    world.ok("snapshot v t --remove");
+    kept();
+    // What is left of a crash, by its name.
+    link(pool.join(".new-a"));
+    link(pool.join(".gone-a-1-1"));
+    run("mkfifo", &[&pool.join(".new-b")]);
+    run("mkfifo", &[&pool.join(".gone-b-1-1")]);
+    assert_eq!(world.names(), ["v"]);
+    for name in [".new-a", ".gone-a-1-1", ".new-b", ".gone-b-1-1"] {
+        assert!(pool.join(name).symlink_metadata().is_err(), "{name}");
+    }
+    kept();
+    // A link in the place of a volume is a broken one, which can be removed.
+    let other = world.join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("file"), "kept").unwrap();
+    std::os::unix::fs::symlink(&other, pool.join("link")).unwrap();
+    assert!(world.ok("ls").lines().any(|line| line.starts_with("link ") && line.contains("symbolic link")));
+    assert!(world.fails("rm link", 1).contains("--force"));
+    world.ok("rm link --force");
+    assert_eq!(fs::read(other.join("file")).unwrap(), b"kept");
+    // Nor is what is mounted in one removed.
+    let inside = volume.join("inside");
+    fs::create_dir(&inside).unwrap();
+    run("mount", &[&"--bind", &other, &inside]);
+    let output = world.call("rm v");
+    assert_eq!(fs::read(other.join("file")).unwrap(), b"kept", "{output:?}");
+    let inside = if inside.exists() {
+        inside
+    } else {
+        let gone =
+            fs::read_dir(&pool).unwrap().flatten().find(|entry| entry.file_name() != ".pool.json").unwrap();
+        gone.path().join("inside")
+    };
+    run("umount", &[&inside]);
+    assert_eq!(world.names(), Vec::<String>::new());
+    world.assert_idle();
+}
+
+#[test]
+fn a_data_plane_opens_its_disk_as_the_pool_does() {
+    if skip("a_data_plane_opens_its_disk_as_the_pool_does", &["qemu-img", "mkfifo"]) {
+        return;
+    }
+    let world = World::new();
+    let secret = pool_with_secret(&world);
+    let volume = world.volume("v");
+    let attach = |name: &str, format: &str| {
+        let mut command = world.command(&["attach", "--door=fuse", "-f", format, "--beneath"]);
+        let output = command.arg(world.join("pool")).arg("--").arg(volume.join(name)).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{name}: {output:?}");
+        let line = crate::support::one_line(&output);
+        assert!(!line.contains("/proc/"), "{name}: {line}");
+        line
+    };
+    std::os::unix::fs::symlink(&secret, volume.join("link")).unwrap();
+    std::os::unix::fs::symlink("disk.raw", volume.join("inner")).unwrap();
+    run("mkfifo", &[&volume.join("fifo")]);
+    for (name, why) in [
+        ("link", "symbolic link"),
+        ("inner", "symbolic link"),
+        ("fifo", "no regular file"),
+        ("../../secret", "mounted there"),
+        ("none", "No such file"),
+    ] {
+        for format in ["raw", "qcow2"] {
+            let line = attach(name, format);
+            assert!(line.contains(why), "{name}: {line}");
+        }
+    }
+    // A qcow2 stands alone: neither a backing file nor a data file beside it is opened, whatever it is.
+    for (name, make) in [
+        ("backed", &["-F", "raw", "-b", "disk.raw"][..]),
+        ("waits", &["-u", "-F", "qcow2", "-b", "fifo"]),
+        ("data", &["-o", "data_file=disk.raw,data_file_raw=on"]),
+    ] {
+        let path = volume.join(name);
+        let mut words: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&"create", &"-q", &"-f", &"qcow2"];
+        words.extend(make.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+        words.extend([&path as &dyn AsRef<std::ffi::OsStr>, &"1M"]);
+        run("qemu-img", &words);
+        let line = attach(name, "qcow2");
+        assert!(line.contains("names another file"), "{name}: {line}");
+        if name == "data" {
+            break;
+        }
+        // So it is for a volume whose disk it is.
+        world.ok("create q -o size=1M -o fs=none -o format=qcow2");
+        let disk = world.volume("q").join("disk.qcow2");
+        fs::copy(&path, &disk).unwrap();
+        for line in ["mount q", "resize q 2M"] {
+            let said = world.fails(line, 1);
+            assert!(
+                said.contains("names another file") && said.contains("disk.qcow2"),
+                "{name}: {line}: {said}"
+            );
+        }
+        world.ok("rm q");
+    }
+    // A FIFO as a backing file makes nobody wait, in a pool or not.
+    let output = world.command(&["info", volume.join("waits").to_str().unwrap()]).output().unwrap();
+    assert!(!output.stdout.is_empty() || !output.stderr.is_empty());
+}
+
+#[test]
+fn a_mount_point_is_no_link() {
+    if skip("a_mount_point_is_no_link", &["mount"]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=64M");
+    let (target, root) = (world.join("target"), world.join("points"));
+    fs::create_dir(&target).unwrap();
+    fs::create_dir(&root).unwrap();
+    std::os::unix::fs::symlink(&target, root.join("a")).unwrap();
+    let mount = format!("mount a --mount-root {}", root.display());
+    let line = world.fails(&mount, 1);
+    assert!(line.contains("points/a: cannot be mounted on") && line.contains("symbolic link"), "{line}");
+    // So it is where volumes are mounted without that.
+    let pool = fs::read_dir(world.join("run/volumes")).unwrap().next().unwrap().unwrap().path();
+    std::os::unix::fs::symlink(&target, pool.join("a")).unwrap();
+    assert!(world.fails("mount a", 1).contains("symbolic link"));
+    fs::remove_file(pool.join("a")).unwrap();
+    // What is mounted there already is somebody else's.
+    fs::remove_file(root.join("a")).unwrap();
+    fs::create_dir(root.join("a")).unwrap();
+    run("mount", &[&"--bind", &target, &root.join("a")]);
+    let line = world.fails(&mount, 1);
+    assert!(line.contains("another file system is mounted there"), "{line}");
+    run("umount", &[&root.join("a")]);
+    // A file is none either; and the folder of all may be reached by a link of whoever says so.
+    fs::remove_dir(root.join("a")).unwrap();
+    fs::write(root.join("a"), "").unwrap();
+    assert!(world.fails(&mount, 1).contains("is no folder"));
+    fs::remove_file(root.join("a")).unwrap();
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+    world.assert_idle();
+    let named = world.join("named");
+    std::os::unix::fs::symlink(&root, &named).unwrap();
+    let path = world.ok(&format!("mount a --mount-root {}", named.display()));
+    assert_eq!(Path::new(path.trim_end()), root.join("a"));
+    world.ok("umount a");
+}

@@ -48,8 +48,8 @@ fn no_two_instances_share_user_and_state_folder() {
     }
     // Nor do instances of one unit and another unit.
     for (at, folder) in folders.iter().enumerate() {
-        let inside = |other: &&str| Path::new(other).starts_with(folder);
-        assert_eq!(folders.iter().filter(inside).count(), 1, "{folder} at {at} of {folders:?}");
+        let inside = folders.iter().filter(|other| Path::new(other).starts_with(folder));
+        assert_eq!(inside.count(), 1, "{folder} at {at} of {folders:?}");
     }
 }
 

@@ -24,7 +24,7 @@ mod tests;
 mod zero;
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Acquire};
 
@@ -49,6 +49,9 @@ pub struct FileOptions {
     pub discard: DiscardMode,
     /// Take part in qemu's image locking. Without it nothing keeps two writers apart.
     pub lock: bool,
+    /// A path that the file is opened by in place of its own, which is for messages then: `/proc/self/fd/N` of a file that
+    /// the caller has found and checked, and keeps open meanwhile. An image so opened may name no other file.
+    pub via: Option<PathBuf>,
 }
 
 impl Default for FileOptions {
@@ -59,6 +62,7 @@ impl Default for FileOptions {
             aio: AioMode::Auto,
             discard: DiscardMode::Unmap,
             lock: true,
+            via: None,
         }
     }
 }

@@ -42,15 +42,16 @@ pub(super) enum Extent {
 const OPEN_SIZE: u64 = i64::MAX.cast_unsigned() & !(MAX_PREFERRED as u64 - 1);
 
 pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result<Disk> {
+    let via = options.via.as_deref().unwrap_or(path);
     // Before opening: to open a device of another kind may do something, and a fifo waits for its other end.
-    let metadata = std::fs::metadata(path).map_err(|error| open_error(path, "cannot look at it", error))?;
+    let metadata = std::fs::metadata(via).map_err(|error| open_error(path, "cannot look at it", error))?;
     refuse_other_kinds(path, metadata.file_type())?;
     if options.aio == AioMode::IoUring {
         require_ring(path)?;
     }
 
     // Through the page cache first: O_DIRECT is asked for where it is known to mean something.
-    let cached = open_file(path, options.read_only, OFlags::empty())?;
+    let cached = open_file(path, via, options.read_only, OFlags::empty())?;
     let metadata = cached.metadata().map_err(|error| os(path, "cannot look at it", error))?;
     refuse_other_kinds(path, metadata.file_type())?;
     let kind = kind_of(path, &cached, &metadata)?;
@@ -59,13 +60,13 @@ pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result
     }
     let more = if options.cache.direct() && kind != Kind::Memory { OFlags::DIRECT } else { OFlags::empty() };
     let (file, cached) = if more.contains(OFlags::DIRECT) {
-        (open_again(path, options.read_only, more, &metadata)?, Some(cached))
+        (open_again(path, via, options.read_only, more, &metadata)?, Some(cached))
     } else {
         (cached, None)
     };
     let writes_durably = !options.read_only && kind != Kind::Memory && options.cache != CacheMode::Unsafe;
     let durable = match writes_durably {
-        true => Some(open_again(path, false, more, &metadata)?),
+        true => Some(open_again(path, via, false, more, &metadata)?),
         false => None,
     };
     let direct = match cached {
@@ -126,12 +127,12 @@ pub fn create(path: impl AsRef<Path>, size: u64) -> Result<()> {
     })
 }
 
-fn open_file(path: &Path, read_only: bool, more: OFlags) -> Result<File> {
+fn open_file(path: &Path, via: &Path, read_only: bool, more: OFlags) -> Result<File> {
     // O_NONBLOCK keeps the open itself from waiting; for I/O on files and block devices it would mean nothing
     // certain, and is cleared again.
     let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | more;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| match errno {
+    let file = rustix::fs::open(via, flags, Mode::empty()).map_err(|errno| match errno {
         Errno::ACCESS | Errno::PERM => permission(path, read_only),
         Errno::ROFS => unsupported(path, "is on a read-only file system; serve it with --read-only".into()),
         Errno::TXTBSY => {
@@ -148,8 +149,14 @@ fn open_file(path: &Path, read_only: bool, more: OFlags) -> Result<File> {
 }
 
 /// Opens another descriptor of the file that `first` describes.
-fn open_again(path: &Path, read_only: bool, more: OFlags, first: &std::fs::Metadata) -> Result<File> {
-    let file = open_file(path, read_only, more)?;
+fn open_again(
+    path: &Path,
+    via: &Path,
+    read_only: bool,
+    more: OFlags,
+    first: &std::fs::Metadata,
+) -> Result<File> {
+    let file = open_file(path, via, read_only, more)?;
     let second = file.metadata().map_err(|error| os(path, "cannot look at it", error))?;
     if (first.dev(), first.ino()) != (second.dev(), second.ino()) {
         return Err(unsupported(path, "was replaced while it was opened; try again".into()));

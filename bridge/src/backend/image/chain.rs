@@ -40,7 +40,7 @@ pub(super) struct Layer {
 /// One line for the first link that is not to be followed.
 pub(super) fn follow(path: &Path, format: ImageFormat, any_backing: bool) -> Result<Vec<Layer>> {
     let mut policy = Policy::new(path, any_backing)?;
-    let mut layers = vec![layer(path, format, &mut policy)?];
+    let mut layers = vec![layer(path, path, format, &mut policy)?];
     loop {
         let last = &layers[layers.len() - 1];
         let Some(header) = &last.header else { return Ok(layers) };
@@ -52,11 +52,27 @@ pub(super) fn follow(path: &Path, format: ImageFormat, any_backing: bool) -> Res
                 unsupported(&last.path, format!("its backing file {}: {reason}", path.display()))
             })?,
         };
-        layers.push(layer(&path, format, &mut policy)?);
+        layers.push(layer(&path, &path, format, &mut policy)?);
     }
 }
 
-fn layer(path: &Path, format: ImageFormat, policy: &mut Policy) -> Result<Layer> {
+/// The one layer of an image that is opened by `via`, see [`FileOptions::via`].
+///
+/// # Errors
+/// It names another file.
+fn alone(path: &Path, via: &Path, format: ImageFormat) -> Result<Vec<Layer>> {
+    let header = if format == ImageFormat::Qcow2 { header::load(via)? } else { Header::default() };
+    if header.backing.is_some() || header.external_data() || format == ImageFormat::Vmdk {
+        return Err(unsupported(
+            path,
+            "names another file, and here an image must stand alone; `qemu-img convert -O qcow2` makes one that does"
+                .into(),
+        ));
+    }
+    Ok(vec![layer(path, via, format, &mut Policy::new(path, false)?)?])
+}
+
+fn layer(path: &Path, via: &Path, format: ImageFormat, policy: &mut Policy) -> Result<Layer> {
     let mut layer = Layer { path: path.to_owned(), format, header: None, data_file: None };
     if format == ImageFormat::Vmdk && !matches!(probe(path), Ok(ImageFormat::Vmdk)) {
         return Err(unsupported(
@@ -65,7 +81,7 @@ fn layer(path: &Path, format: ImageFormat, policy: &mut Policy) -> Result<Layer>
         ));
     }
     if format == ImageFormat::Qcow2 {
-        let header = header::load(path)?;
+        let header = header::load(via)?;
         if let Some(reason) = header.refusal(path) {
             return Err(unsupported(path, reason));
         }
@@ -205,7 +221,10 @@ impl<'a> Files<'a> {
 /// # Errors
 /// One line that names the file which could not be opened.
 pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, Vec<Arc<dyn Backend>>)> {
-    let layers = follow(path, options.format, options.access.any_backing)?;
+    let layers = match &options.file.via {
+        Some(via) => alone(path, via, options.format)?,
+        None => follow(path, options.format, options.access.any_backing)?,
+    };
     let mut files = Files { options, open: Vec::new(), data_descriptor: None };
     // From the top down, so that the image itself is locked first; then built from the bottom up.
     let mut hosts = Vec::new();

@@ -3,8 +3,11 @@
 //!
 //! Source: QEMU, docs/interop/qcow2.txt. The limits are QEMU's own (block/qcow2.h).
 
-use std::os::unix::fs::FileExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::OpenError;
 
@@ -118,7 +121,17 @@ impl Header {
 /// One line: not readable, or malformed.
 pub(super) fn load(path: &Path) -> Result<Header, OpenError> {
     let os = |action| move |source| OpenError::Os { path: path.to_owned(), action, error: source };
-    let file = std::fs::File::open(path).map_err(os("cannot open it"))?;
+    // A backing image's name comes from a stranger, and may lead to a FIFO, whose other end nobody waits for.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty());
+    let file = File::from(file.map_err(|errno| os("cannot open it")(errno.into()))?);
+    let kind = file.metadata().map_err(os("cannot look at it"))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(OpenError::Unsupported {
+            path: path.to_owned(),
+            reason: "is neither a file nor a block device".into(),
+        });
+    }
     let mut bytes = vec![0; MAX_HEADER];
     let mut filled = 0;
     while filled < bytes.len() {
