@@ -24,9 +24,9 @@ fn what_cannot_be_mounted_is_said_in_one_line() {
         (&["mem:1M", "file"], 1, "file: is served by nbdbridge already"),
         (&["no.img", "new"], 1, "no.img: no such file"),
         (
-            &["null:1M", "new", "--growable"],
+            &["mem:1M", "new", "--growable", "--size", "64K"],
             2,
-            "--growable: null:1048576 cannot grow as it is opened here; leave it out",
+            "--growable: mem:1048576 cannot grow as it is opened here; leave it out",
         ),
         (&["mem:1M", "new", "--growable", "-r"], 2, "--growable: mem:1048576 is read-only; leave it out"),
         (&["mem:1M"], 2, "<FILE>"),
