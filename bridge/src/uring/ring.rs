@@ -15,13 +15,17 @@ use super::op::{Call, Op, bounded};
 /// Entries of the submission queue: what one system call hands over at most.
 const ENTRIES: u32 = 256;
 
+/// IORING_ENTER_GETEVENTS.
+const GETEVENTS: u32 = 1;
+
 /// Number of bytes moved, or the kernel's refusal.
 pub(super) type Outcome = Result<usize, Errno>;
 
 /// A ring, its operations, and those that wait for room on it.
 ///
-/// An operation stays in its slot, with its buffer and file, from before the kernel hears of it until the
-/// kernel's answer was read, whatever becomes of the future that waits for it.
+/// An operation that the kernel has read stays in its slot, with its buffer and file, until the kernel's answer was read,
+/// whatever becomes of the future that waits for it. One that the kernel has not read is given back only after `closed` is
+/// set: from then on nothing is submitted, so that the kernel never reads what is left in the submission queue.
 pub(super) struct Ring {
     uring: IoUring,
     slots: Vec<Slot>,
@@ -68,7 +72,12 @@ impl Ring {
         if !uring.params().is_feature_nodrop() || !needed.iter().all(|code| probe.is_supported(*code)) {
             return Err(Errno::NOSYS.into());
         }
-        Ok(Ring {
+        Ok(Self::over(uring))
+    }
+
+    /// A ring over one of the kernel's.
+    fn over(uring: IoUring) -> Self {
+        Ring {
             uring,
             slots: Vec::new(),
             free: Vec::new(),
@@ -76,7 +85,7 @@ impl Ring {
             pushed: VecDeque::new(),
             in_flight: 0,
             closed: false,
-        })
+        }
     }
 
     /// The ring in the eyes of the present runtime: readable while there are completions.
@@ -142,11 +151,10 @@ impl Ring {
         if self.pushed.is_empty() {
             return Next::Wait;
         }
-        match self.uring.submit() {
-            Ok(count) => {
-                self.pushed.drain(..count.min(self.pushed.len()));
-                Next::Again
-            }
+        let submitted = self.uring.submit();
+        self.forget_read();
+        match submitted {
+            Ok(_) => Next::Again,
             Err(error) => match Errno::from_io_error(&error) {
                 Some(Errno::INTR) => Next::Again,
                 Some(Errno::AGAIN | Errno::BUSY | Errno::NOMEM) => Next::Later,
@@ -170,11 +178,24 @@ impl Ring {
             if self.in_flight == 0 {
                 return Ok(());
             }
-            match self.uring.submit_and_wait(1) {
+            match self.wait() {
                 Err(error) if Errno::from_io_error(&error) != Some(Errno::INTR) => return Err(error),
                 _ => {}
             }
         }
+    }
+
+    /// Waits for a completion, and submits nothing.
+    fn wait(&self) -> std::io::Result<()> {
+        // SAFETY: no argument is passed, and no entry is handed over: the kernel gets no memory by this call.
+        unsafe { self.uring.submitter().enter::<libc::sigset_t>(0, 1, GETEVENTS, None) }.map(drop)
+    }
+
+    /// Takes the entries that the kernel has read off the list of the others. The queue's head tells, which the kernel
+    /// moves; what a call returned does not in every case.
+    fn forget_read(&mut self) {
+        let unread = self.uring.submission().len();
+        self.pushed.drain(..self.pushed.len().saturating_sub(unread));
     }
 
     /// Whether it takes no more operations.
@@ -208,10 +229,12 @@ impl Ring {
                 continue;
             }
             let entry = entry(op).user_data(key as u64);
-            // SAFETY: the buffer and the descriptor that the entry points to belong to the slot's operation. The
-            // slot gives it up only after the completion was read (`complete`); the driver has `drain` wait for
-            // that, or leaks the ring, before the ring ends. A buffer's bytes are on the heap: they stay in place
-            // when slots move, and nobody touches them meanwhile.
+            // SAFETY: the buffer and the descriptor that the entry points to belong to the slot's operation. The slot
+            // gives it up in `complete` only: after the kernel's completion was read, or, for an entry that the kernel
+            // has not read, in `close`, after which no call submits (`turn` finds nothing pushed and `fill` nothing
+            // queued, `add` refuses, `drain` only waits). The driver has `drain` wait for what the kernel has read, or
+            // leaks the ring, before the ring ends. A buffer's bytes are on the heap: they stay in place when slots
+            // move, and nobody touches them meanwhile.
             let pushed = unsafe { self.uring.submission().push(&entry) };
             if pushed.is_err() {
                 self.queue.push_front(key);
@@ -222,9 +245,10 @@ impl Ring {
         }
     }
 
-    /// Takes no more, and ends with `errno` what the kernel has not read.
+    /// Takes and submits no more, and ends with `errno` what the kernel has not read.
     fn close(&mut self, errno: Errno, wakers: &mut Vec<Waker>) {
         self.closed = true;
+        self.forget_read();
         self.in_flight -= self.pushed.len();
         let unread: Vec<usize> = self.pushed.drain(..).chain(self.queue.drain(..)).collect();
         for key in unread {
@@ -273,4 +297,97 @@ fn entry(op: &mut Op) -> squeue::Entry {
 /// A length that [`bounded`] has made fit.
 fn length(part: &[u8]) -> u32 {
     u32::try_from(part.len()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Seek, Write};
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::Buffer;
+
+    /// A ring with a read of a pipe that the kernel has, and a write to a file in the submission queue, which it has not
+    /// read. The file, the pipe's other end, and the keys of read and write come with it.
+    fn half_submitted() -> Option<(Ring, File, File, [usize; 2])> {
+        let mut ring = match Ring::new() {
+            Ok(ring) => ring,
+            Err(error) => {
+                eprintln!("SKIP: uring::ring: {error}");
+                return None;
+            }
+        };
+        let (reader, writer) = std::io::pipe().unwrap();
+        let reader = Arc::new(File::from(OwnedFd::from(reader)));
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        let call = Call::Read { buf: Buffer::new(4), part: 0..4, offset: 0 };
+        let read = ring.add(Op { file: reader, call }).unwrap();
+        assert_ne!(ring.turn(&mut Vec::new()), Next::Later);
+        let call = Call::Write { buf: Buffer::copy_of(b"late"), part: 0..4, offset: 0, durable: false };
+        let write = ring.add(Op { file: Arc::new(file.try_clone().unwrap()), call }).unwrap();
+        ring.fill();
+        assert_eq!((ring.pushed.len(), ring.in_flight), (1, 2));
+        Some((ring, file, OwnedFd::from(writer).into(), [read, write]))
+    }
+
+    fn outcome(ring: &mut Ring, key: usize) -> Outcome {
+        match ring.poll(key, &Context::from_waker(Waker::noop())) {
+            Poll::Ready((_, outcome)) => outcome,
+            Poll::Pending => panic!("operation {key} has not ended"),
+        }
+    }
+
+    fn content(mut file: File) -> String {
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn the_end_hands_nothing_over() {
+        let Some((mut ring, file, mut pipe, [read, write])) = half_submitted() else { return };
+        // The read ends while it is waited for.
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            pipe.write_all(b"read").unwrap();
+        });
+        ring.drain(&mut Vec::new()).unwrap();
+        late.join().unwrap();
+        assert_eq!(outcome(&mut ring, write), Err(Errno::CANCELED));
+        assert_eq!(outcome(&mut ring, read), Ok(4));
+        // The buffer of the write is gone: the kernel must not have been given it.
+        drop(ring);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(content(file), "");
+    }
+
+    #[test]
+    fn a_failed_submission_closes_and_hands_nothing_over_later() {
+        let Ok(_) = Ring::new() else { return };
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        // A ring that is not enabled refuses every submission.
+        let mut ring = Ring::over(IoUring::builder().setup_r_disabled().build(ENTRIES).unwrap());
+        let call = Call::Write { buf: Buffer::copy_of(b"late"), part: 0..4, offset: 0, durable: false };
+        let write = ring.add(Op { file: Arc::new(file.try_clone().unwrap()), call }).unwrap();
+        assert_eq!(ring.turn(&mut Vec::new()), Next::Again);
+        assert!(ring.closed() && ring.in_flight == 0);
+        assert_eq!(outcome(&mut ring, write), Err(Errno::BADFD));
+        ring.uring.submitter().register_enable_rings().unwrap();
+        assert_eq!(ring.turn(&mut Vec::new()), Next::Wait);
+        ring.drain(&mut Vec::new()).unwrap();
+        assert_eq!(content(file), "");
+    }
+
+    #[test]
+    fn what_the_kernel_has_read_is_told_by_the_queue() {
+        let Some((mut ring, file, mut pipe, [read, write])) = half_submitted() else { return };
+        // The kernel reads the entry, and the count is not seen.
+        assert_eq!(ring.uring.submit().unwrap(), 1);
+        pipe.write_all(b"read").unwrap();
+        ring.drain(&mut Vec::new()).unwrap();
+        assert_eq!((outcome(&mut ring, write), outcome(&mut ring, read)), (Ok(4), Ok(4)));
+        assert_eq!(content(file), "late");
+    }
 }
