@@ -35,6 +35,18 @@ pub(super) struct Channel {
     data: Data,
     /// The kernel moves data between requests and files.
     moves: bool,
+    /// Commands of tags that the kernel has, or will have: each can name a part of `data`.
+    outstanding: usize,
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // The end of a ring cancels its commands later, and the kernel can still copy for one of them: the memory that
+        // they name stays until the process ends.
+        if self.outstanding > 0 {
+            std::mem::forget(std::mem::replace(&mut self.data, Data::Copied(Box::default())));
+        }
+    }
 }
 
 /// What has come from the kernel for a tag.
@@ -83,7 +95,7 @@ impl Channel {
         // A place for each tag's pages.
         let moves = info.features().contains(Features::SUPPORT_ZERO_COPY.with(Features::USER_COPY))
             && ring.submitter().register_buffers_sparse(u32::from(depth)).is_ok();
-        Ok(Channel { ring, descriptors, device, queue, depth, encoded, data, moves })
+        Ok(Channel { ring, descriptors, device, queue, depth, encoded, data, moves, outstanding: 0 })
     }
 
     pub(super) fn depth(&self) -> u16 {
@@ -136,7 +148,9 @@ impl Channel {
             Data::Shared(map, size) => map.address() as u64 + u64::from(tag) * *size as u64,
         };
         let entry = self.entry(command, tag, result, address);
-        self.push_entry(&entry.user_data(u64::from(tag)))
+        self.push_entry(&entry.user_data(u64::from(tag)))?;
+        self.outstanding += 1;
+        Ok(())
     }
 
     /// The pages of a tag's request, as buffer number `tag` of the ring. Only a refusal is heard of.
@@ -158,10 +172,11 @@ impl Channel {
 
     fn push_entry(&mut self, entry: &Entry) -> io::Result<()> {
         loop {
-            // SAFETY: the device is open for as long as the ring lives, and the kernel writes, at most, into the part of
-            // `data` that belongs to the entry's tag, which lives as long as the channel (the ring is dropped before it)
-            // and is not touched while the command is the kernel's; or into the pages of the request, which are its own.
-            // The file of `fill` stays open until its end, by its contract, and at worst a read from it fails.
+            // SAFETY: the kernel writes, at most, into the part of `data` that belongs to the entry's tag, or into the
+            // pages of the request, which are its own. That part is not touched while the command is the kernel's, and
+            // `data` is unmapped only when every such command has come back (`outstanding` is 0); otherwise it is
+            // leaked. Descriptors are looked up when the entry is submitted; the device is open for as long as the
+            // channel lives, and the file of `fill` until its end, by its contract. At worst a command or read fails.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
@@ -195,7 +210,10 @@ impl Channel {
             match about & !0xffff {
                 FILLED => return Some(Event::Filled(tag, result)),
                 BUFFER => tracing::debug!(tag, errno = -result, "the kernel refused a request's pages"),
-                _ => return Some(Event::Tag(tag, result)),
+                _ => {
+                    self.outstanding -= 1;
+                    return Some(Event::Tag(tag, result));
+                }
             }
         }
     }
@@ -337,7 +355,9 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: mapped once, by this value, with this length; no reference into it outlives the value.
+        // SAFETY: mapped once, by this value, with this length; no reference into it outlives the value, and the kernel
+        // has no command that names it (`Channel`). The descriptors are written by the kernel through a mapping of its
+        // own.
         let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
     }
 }
@@ -351,6 +371,57 @@ mod tests {
         assert_eq!(place(0, 0, 0), 0x8000_0000);
         assert_eq!(place(0, 1, 0) - place(0, 0, 0), 32 << 20);
         assert!(place(0, 4095, (32 << 20) - 1) < place(1, 0, 0));
+    }
+
+    /// A channel on a plain file, which refuses every command, with memory shared between the tags.
+    fn on_a_file() -> Option<Channel> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let info = DeviceInfo { queue_depth: 4, max_io_buf_bytes: 8192, ..DeviceInfo::default() };
+        match Channel::new(Arc::new(file), &info, 0) {
+            Ok(channel) => Some(channel),
+            Err(error) => {
+                eprintln!("SKIP: ublk::channel: no io_uring: {error}");
+                None
+            }
+        }
+    }
+
+    fn address(channel: &Channel) -> usize {
+        match &channel.data {
+            Data::Shared(map, _) => map.address() as usize,
+            Data::Copied(_) => panic!("the memory is not shared"),
+        }
+    }
+
+    /// Whether an address is mapped, by /proc/self/maps.
+    fn is_mapped(address: usize) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().any(|line| {
+            let (from, rest) = line.split_once('-').unwrap();
+            let to = rest.split_once(' ').unwrap().0;
+            let number = |text| usize::from_str_radix(text, 16).unwrap();
+            (number(from)..number(to)).contains(&address)
+        })
+    }
+
+    #[test]
+    fn memory_that_commands_name_outlives_the_channel() {
+        let Some(mut channel) = on_a_file() else { return };
+        let memory = address(&channel);
+        (0..4).for_each(|tag| channel.fetch(tag).unwrap());
+        drop(channel);
+        assert!(is_mapped(memory));
+        // And nothing is kept that no command names.
+        let Some(mut channel) = on_a_file() else { return };
+        (0..4).for_each(|tag| channel.fetch(tag).unwrap());
+        channel.submit().unwrap();
+        let mut back = 0;
+        while back < 4 {
+            let event = channel.next();
+            back += usize::from(matches!(event, Some(Event::Tag(_, result)) if result < 0));
+        }
+        assert_eq!(channel.outstanding, 0);
     }
 
     #[test]
