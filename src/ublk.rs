@@ -11,7 +11,9 @@
 //! second executor, and nothing that prints, panics or deletes devices by itself.
 
 mod abi;
+mod apart;
 mod channel;
+mod command;
 mod control;
 mod device;
 mod door;

@@ -22,6 +22,12 @@ fn with_little_memory() {
     suite("with_little_memory", &["--memory", "256M", "--disk", "1G"], &["little_memory"]);
 }
 
+/// A driver that never answers ADD_DEV, as that of Linux 6.18.4: its function is made to fail.
+#[test]
+fn with_a_kernel_that_does_not_make_devices() {
+    suite("with_a_kernel_that_does_not_make_devices", &["--kernel", "new"], &["silent_add"]);
+}
+
 /// What depends on the kernel's features, which this one has more of.
 #[test]
 fn on_a_newer_kernel() {

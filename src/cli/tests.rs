@@ -386,6 +386,15 @@ fn what_can_be_taken_over_and_who_watches() {
 }
 
 #[test]
+fn partitions_are_scanned_as_asked() {
+    let of = |line: &str| ublk(line).ok().map(|(_, device)| device.scan_partitions);
+    assert_eq!(of("x"), Some(None));
+    assert_eq!(of("x --scan-partitions"), Some(Some(true)));
+    assert_eq!(of("x --scan-partitions=off"), Some(Some(false)));
+    assert_eq!(of("x --scan-partitions=perhaps"), None);
+}
+
+#[test]
 fn a_device_that_is_taken_over_keeps_its_own_options() {
     let words = ["nbdbridge", "ublk", "--recover", "3", "--supervise", "--pid-file", "p"].map(OsString::from);
     let Ok(Action::Recover(recover)) = parse(words) else { panic!() };

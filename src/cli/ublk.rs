@@ -51,6 +51,8 @@ pub(crate) struct UblkArgs {
     pub(crate) kernel_copy: bool,
     /// The kernel fills large reads by itself, where it can.
     pub(crate) zero_copy: bool,
+    /// The kernel looks for partitions by itself; None is where it cannot be told not to.
+    pub(crate) scan_partitions: Option<bool>,
 }
 
 /// A device to be taken over: what it was made of is remembered elsewhere.
@@ -149,6 +151,12 @@ struct DeviceFlags {
     #[arg(long, conflicts_with_all = ["unprivileged", "kernel_copy"])]
     zero_copy: bool,
 
+    /// Let the kernel read the partition table when the device starts; off: not, so that a source which hangs does not
+    /// hold the start up [default: off where the kernel has NO_AUTO_PART_SCAN, else on]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true,
+          value_parser = parse_switch)]
+    scan_partitions: Option<bool>,
+
     /// Let the kernel copy the data, as Linux before 6.5 does
     #[arg(long, hide = true)]
     kernel_copy: bool,
@@ -210,6 +218,7 @@ impl UblkCommand {
             io_timeout: (!device.io_timeout.is_zero()).then_some(device.io_timeout),
             kernel_copy: device.kernel_copy,
             zero_copy: device.zero_copy,
+            scan_partitions: device.scan_partitions,
         };
         Ok(Action::Ublk(Box::new(ServeArgs {
             exports,

@@ -10,23 +10,29 @@ pub(super) const SECTOR: u64 = 512;
 const READ: u32 = 2;
 const READ_WRITE: u32 = 3;
 
-/// A command: its number, and what its encoded form tells about its argument.
+/// A command: its name and number, and what its encoded form tells about its argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Command {
+    name: &'static str,
     number: u32,
     direction: u32,
     argument: u32,
 }
 
 impl Command {
-    const fn control(number: u32, direction: u32) -> Self {
+    const fn control(name: &'static str, number: u32, direction: u32) -> Self {
         // sizeof(struct ublksrv_ctrl_cmd)
-        Command { number, direction, argument: 32 }
+        Command { name, number, direction, argument: 32 }
     }
 
-    const fn io(number: u32) -> Self {
+    const fn io(name: &'static str, number: u32) -> Self {
         // sizeof(struct ublksrv_io_cmd)
-        Command { number, direction: READ_WRITE, argument: 16 }
+        Command { name, number, direction: READ_WRITE, argument: 16 }
+    }
+
+    /// Returns the header's name.
+    pub(super) const fn name(self) -> &'static str {
+        self.name
     }
 
     /// As `cmd_op` of a submission: encoded like an ioctl (6.4 and later), or the bare number of older kernels.
@@ -39,24 +45,24 @@ impl Command {
     }
 }
 
-pub(super) const GET_DEV_INFO: Command = Command::control(0x02, READ);
-pub(super) const ADD_DEV: Command = Command::control(0x04, READ_WRITE);
-pub(super) const DEL_DEV: Command = Command::control(0x05, READ_WRITE);
-pub(super) const START_DEV: Command = Command::control(0x06, READ_WRITE);
-pub(super) const STOP_DEV: Command = Command::control(0x07, READ_WRITE);
-pub(super) const SET_PARAMS: Command = Command::control(0x08, READ_WRITE);
-pub(super) const GET_PARAMS: Command = Command::control(0x09, READ);
-pub(super) const START_USER_RECOVERY: Command = Command::control(0x10, READ_WRITE);
-pub(super) const END_USER_RECOVERY: Command = Command::control(0x11, READ_WRITE);
-pub(super) const GET_DEV_INFO2: Command = Command::control(0x12, READ);
-pub(super) const GET_FEATURES: Command = Command::control(0x13, READ);
-pub(super) const DEL_DEV_ASYNC: Command = Command::control(0x14, READ);
-pub(super) const UPDATE_SIZE: Command = Command::control(0x15, READ_WRITE);
+pub(super) const GET_DEV_INFO: Command = Command::control("GET_DEV_INFO", 0x02, READ);
+pub(super) const ADD_DEV: Command = Command::control("ADD_DEV", 0x04, READ_WRITE);
+pub(super) const DEL_DEV: Command = Command::control("DEL_DEV", 0x05, READ_WRITE);
+pub(super) const START_DEV: Command = Command::control("START_DEV", 0x06, READ_WRITE);
+pub(super) const STOP_DEV: Command = Command::control("STOP_DEV", 0x07, READ_WRITE);
+pub(super) const SET_PARAMS: Command = Command::control("SET_PARAMS", 0x08, READ_WRITE);
+pub(super) const GET_PARAMS: Command = Command::control("GET_PARAMS", 0x09, READ);
+pub(super) const START_USER_RECOVERY: Command = Command::control("START_USER_RECOVERY", 0x10, READ_WRITE);
+pub(super) const END_USER_RECOVERY: Command = Command::control("END_USER_RECOVERY", 0x11, READ_WRITE);
+pub(super) const GET_DEV_INFO2: Command = Command::control("GET_DEV_INFO2", 0x12, READ);
+pub(super) const GET_FEATURES: Command = Command::control("GET_FEATURES", 0x13, READ);
+pub(super) const DEL_DEV_ASYNC: Command = Command::control("DEL_DEV_ASYNC", 0x14, READ);
+pub(super) const UPDATE_SIZE: Command = Command::control("UPDATE_SIZE", 0x15, READ_WRITE);
 
-pub(super) const FETCH_REQ: Command = Command::io(0x20);
-pub(super) const COMMIT_AND_FETCH_REQ: Command = Command::io(0x21);
-pub(super) const REGISTER_IO_BUF: Command = Command::io(0x23);
-pub(super) const UNREGISTER_IO_BUF: Command = Command::io(0x24);
+pub(super) const FETCH_REQ: Command = Command::io("FETCH_REQ", 0x20);
+pub(super) const COMMIT_AND_FETCH_REQ: Command = Command::io("COMMIT_AND_FETCH_REQ", 0x21);
+pub(super) const REGISTER_IO_BUF: Command = Command::io("REGISTER_IO_BUF", 0x23);
+pub(super) const UNREGISTER_IO_BUF: Command = Command::io("UNREGISTER_IO_BUF", 0x24);
 
 /// `UBLK_IO_RES_ABORT`: the device is going away, and the tag will see no more requests.
 pub(super) const IO_RES_ABORT: i32 = -libc::ENODEV;
@@ -83,6 +89,7 @@ impl Features {
     pub(super) const USER_COPY: Features = Features(1 << 7);
     pub(super) const UPDATE_SIZE: Features = Features(1 << 10);
     pub(super) const BUF_REG_OFF_DAEMON: Features = Features(1 << 14);
+    pub(super) const NO_AUTO_PART_SCAN: Features = Features(1 << 18);
 
     /// Every feature by its bit: its name in the kernel, and what it is here.
     pub(super) const NAMES: [(u32, &'static str, &'static str); 20] = [
@@ -104,7 +111,7 @@ impl Features {
         (15, "BATCH_IO", "not used"),
         (16, "INTEGRITY", "not used: sources have no metadata"),
         (17, "SAFE_STOP_DEV", "not used: who holds the device is said by name"),
-        (18, "NO_AUTO_PART_SCAN", "not used"),
+        (18, "NO_AUTO_PART_SCAN", "used, except with --scan-partitions"),
         (19, "SHMEM_ZC", "not used"),
     ];
 
@@ -193,6 +200,7 @@ pub(super) const ATTR_VOLATILE_CACHE: u32 = 1 << 2;
 pub(super) const ATTR_FUA: u32 = 1 << 3;
 pub(super) const PARAM_TYPE_BASIC: u32 = 1 << 0;
 pub(super) const PARAM_TYPE_DISCARD: u32 = 1 << 1;
+pub(super) const PARAM_TYPE_SEGMENT: u32 = 1 << 5;
 
 /// `struct ublk_params`, up to what is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -219,6 +227,13 @@ pub(super) struct Params {
     pub(super) char_minor: u32,
     pub(super) disk_major: u32,
     pub(super) disk_minor: u32,
+    pub(super) zoned: [u32; 8],
+    pub(super) dma_alignment: [u32; 2],
+    pub(super) pad0: u32,
+    pub(super) seg_boundary_mask: u64,
+    pub(super) max_segment_size: u32,
+    pub(super) max_segments: u16,
+    pub(super) pad1: u16,
 }
 
 /// `UBLK_IO_OP_*`.
@@ -248,7 +263,8 @@ mod tests {
     #[test]
     fn structures_and_numbers_are_the_kernels() {
         assert_eq!(size_of::<DeviceInfo>(), 64);
-        assert_eq!(size_of::<Params>(), 80);
+        assert_eq!(size_of::<Params>(), 136);
+        assert_eq!(std::mem::offset_of!(Params, seg_boundary_mask), 120);
         assert_eq!(std::mem::offset_of!(Params, discard_alignment), 40);
         assert_eq!(std::mem::offset_of!(Params, char_major), 60);
         assert_eq!(size_of::<IoDescriptor>(), 24);

@@ -1,27 +1,39 @@
-//! /dev/ublk-control: the commands that make, start, stop, recover and delete devices. Each goes through an io_uring of
-//! 128-byte entries and is waited for: call them where a thread may wait.
-//! A leaf file: memory goes to the kernel here.
+//! /dev/ublk-control: the commands that make, start, stop, recover and delete devices. Each is waited for, for a limited
+//! time: call them where a thread may wait.
+//!
+//! Commands that only ask go out from this process. Those that change something go out from a child (`apart`), because
+//! where the kernel does not answer, the process that has sent the command cannot even end.
+//! A leaf file: the only `unsafe` makes bytes of structures.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use io_uring::squeue::Entry128;
-use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
 
 use super::abi::{self, Command, DeviceInfo, Features, Params};
+use super::apart;
+use super::command::{Call, Cause, CommandError, CommandRing};
 
 /// The way to the driver.
 const PATH: &str = "/dev/ublk-control";
 
+/// How long the kernel may take to answer a command.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// How long it may take to end a device: dirty pages are written first, and requests in flight are waited for.
+const ENDING: Duration = Duration::from_secs(60);
+
+/// How long it may take to start a device: kernels that scan for partitions wait for the source.
+const STARTING: Duration = Duration::from_secs(600);
+
 /// The control device and a ring for its commands.
 pub(super) struct Control {
     file: File,
-    ring: IoUring<Entry128>,
+    ring: CommandRing,
     /// Commands are encoded (6.4 and later).
     encoded: bool,
     features: Features,
@@ -54,20 +66,19 @@ impl Control {
             ),
             _ => anyhow!(error).context(format!("cannot open {PATH}")),
         })?;
-        let ring =
-            IoUring::<Entry128>::builder().dontfork().build(4).map_err(|error| match error.kind() {
-                io::ErrorKind::PermissionDenied => {
-                    anyhow!(
-                        "ublk needs io_uring, which is denied here (kernel.io_uring_disabled, or seccomp)"
-                    )
-                }
-                _ => anyhow!(error).context("ublk needs io_uring, and the kernel refuses one"),
-            })?;
+        let mut ring = CommandRing::default();
+        ring.prepare().map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                anyhow!("ublk needs io_uring, which is denied here (kernel.io_uring_disabled, or seccomp)")
+            }
+            _ => anyhow!(error).context("ublk needs io_uring, and the kernel refuses one"),
+        })?;
         let mut control = Control { file, ring, encoded: true, features: Features::default() };
         let mut features = [0; 8];
         let asked = Payload { buffer: &mut features, ..Payload::default() };
-        match control.execute(abi::GET_FEATURES, 0, asked) {
+        match control.ask(abi::GET_FEATURES, 0, asked) {
             Ok(()) => control.features = Features(u64::from_ne_bytes(features)),
+            Err(error) if error.is_unanswered() => return Err(error.into()),
             // Before 6.5 nobody can ask; bare numbers and the first features are what all of those have.
             Err(_) => {
                 control.encoded = false;
@@ -83,62 +94,98 @@ impl Control {
     }
 
     /// Makes a device; where `dev_id` is `u32::MAX`, the kernel chooses the number. The answer is the device as it
-    /// became: features that the kernel does not have are missing.
-    pub(super) fn add(&mut self, wish: &DeviceInfo) -> Result<DeviceInfo, Errno> {
+    /// became: features that the kernel does not have are missing. `adopt` notes that the device is ours. A device that
+    /// comes too late, or is not noted, is deleted, also when this process is killed meanwhile.
+    ///
+    /// # Errors
+    /// The kernel's refusal or silence, and the error of `adopt`.
+    pub(super) fn add(
+        &mut self,
+        wish: &DeviceInfo,
+        adopt: impl FnOnce(&DeviceInfo) -> Result<()>,
+    ) -> Result<DeviceInfo> {
         let mut bytes = info_bytes(wish);
-        let id = wish.dev_id;
-        self.execute(abi::ADD_DEV, id, Payload { buffer: &mut bytes, ..Payload::default() })?;
-        Ok(info_from(&bytes))
+        let mut call =
+            self.call(abi::ADD_DEV, wish.dev_id, Payload { buffer: &mut bytes, ..Payload::default() });
+        let answered = self.apart(&mut call, ANSWER)?;
+        let added = info_in(&call).context("ADD_DEV: a short answer")?;
+        adopt(&added)?;
+        if !answered.accept() {
+            return Err(CommandError::new(abi::ADD_DEV, Cause::Lost).into());
+        }
+        Ok(added)
     }
 
     /// A device as the kernel sees it.
     ///
     /// # Errors
     /// NODEV where there is none of that number.
-    pub(super) fn info(&mut self, id: u32) -> Result<DeviceInfo, Errno> {
+    pub(super) fn info(&mut self, id: u32) -> Result<DeviceInfo, CommandError> {
         let mut bytes = [0; size_of::<DeviceInfo>()];
         let with_path = Payload { buffer: &mut bytes, path: Some(character_path(id)), ..Payload::default() };
-        match self.execute(abi::GET_DEV_INFO2, id, with_path) {
+        match self.ask(abi::GET_DEV_INFO2, id, with_path) {
             // Kernels before 6.4 do not know it; nor does it work where the node is still being made.
-            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOENT) => {
-                self.execute(abi::GET_DEV_INFO, id, Payload { buffer: &mut bytes, ..Payload::default() })?;
+            Err(error) if matches!(error.errno(), Some(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOENT)) => {
+                self.ask(abi::GET_DEV_INFO, id, Payload { buffer: &mut bytes, ..Payload::default() })?;
             }
             other => other?,
         }
         Ok(info_from(&bytes))
     }
 
+    /// Returns a device as the kernel sees it.
+    ///
+    /// # Errors
+    /// There is no device of that number, or the kernel does not tell.
+    pub(super) fn find(&mut self, id: u32) -> Result<DeviceInfo> {
+        self.info(id).map_err(|error| match error.errno() {
+            Some(Errno::NODEV) => anyhow!("{}: no such ublk device", block_path(id)),
+            _ => anyhow!(error).context(block_path(id)),
+        })
+    }
+
+    /// Returns whether there is a device of this number.
+    ///
+    /// # Errors
+    /// The kernel has not answered.
+    pub(super) fn exists(&mut self, id: u32) -> Result<bool, CommandError> {
+        match self.info(id) {
+            Err(error) if error.is_unanswered() => Err(error),
+            answered => Ok(answered.is_ok()),
+        }
+    }
+
     /// Sets size and limits; before the start.
-    pub(super) fn set_params(&mut self, device: &DeviceInfo, params: &Params) -> Result<(), Errno> {
+    pub(super) fn set_params(&mut self, device: &DeviceInfo, params: &Params) -> Result<(), CommandError> {
         let mut bytes = params_bytes(params);
-        self.execute(abi::SET_PARAMS, device.dev_id, Payload { buffer: &mut bytes, ..of(device) })
+        self.order(abi::SET_PARAMS, device, Payload { buffer: &mut bytes, ..of(device) })
     }
 
     /// Size and limits as they are.
-    pub(super) fn params(&mut self, device: &DeviceInfo) -> Result<Params, Errno> {
+    pub(super) fn params(&mut self, device: &DeviceInfo) -> Result<Params, CommandError> {
         let mut bytes = params_bytes(&Params::default());
-        self.execute(abi::GET_PARAMS, device.dev_id, Payload { buffer: &mut bytes, ..of(device) })?;
+        self.ask(abi::GET_PARAMS, device.dev_id, Payload { buffer: &mut bytes, ..of(device) })?;
         Ok(params_from(&bytes))
     }
 
     /// Starts the device, for this process. Waits until every tag of every queue has been fetched.
-    pub(super) fn start(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
+    pub(super) fn start(&mut self, device: &DeviceInfo) -> Result<(), CommandError> {
         let data = u64::from(std::process::id());
-        self.execute(abi::START_DEV, device.dev_id, Payload { data, ..of(device) })
+        self.order(abi::START_DEV, device, Payload { data, ..of(device) })
     }
 
     /// Stops the device. What is dirty in the page cache is written first, and requests in flight are waited for.
-    pub(super) fn stop(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
-        self.execute(abi::STOP_DEV, device.dev_id, of(device))
+    pub(super) fn stop(&mut self, device: &DeviceInfo) -> Result<(), CommandError> {
+        self.order(abi::STOP_DEV, device, of(device))
     }
 
     /// Deletes the device, stopping it where it is not. Where a file system on it is still mounted, the number is free
     /// once that is gone; kernels that can do nothing else (before 6.9) wait for it here.
-    pub(super) fn delete(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
-        match self.execute(abi::DEL_DEV_ASYNC, device.dev_id, of(device)) {
+    pub(super) fn delete(&mut self, device: &DeviceInfo) -> Result<(), CommandError> {
+        match self.order(abi::DEL_DEV_ASYNC, device, of(device)) {
             Ok(()) => {}
-            Err(Errno::NODEV) => return Err(Errno::NODEV),
-            Err(_) => return self.execute(abi::DEL_DEV, device.dev_id, of(device)),
+            Err(error) if error.errno() == Some(Errno::NODEV) || error.is_unanswered() => return Err(error),
+            Err(_) => return self.order(abi::DEL_DEV, device, of(device)),
         }
         // The usual case is over in a moment, and then the number can be used again.
         let until = Instant::now() + Duration::from_millis(500);
@@ -152,60 +199,79 @@ impl Control {
     ///
     /// # Errors
     /// BUSY while the old process still has it open.
-    pub(super) fn start_recovery(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
-        self.execute(abi::START_USER_RECOVERY, device.dev_id, of(device))
+    pub(super) fn start_recovery(&mut self, device: &DeviceInfo) -> Result<(), CommandError> {
+        self.order(abi::START_USER_RECOVERY, device, of(device))
     }
 
     /// Ends it: requests flow again, to this process.
-    pub(super) fn end_recovery(&mut self, device: &DeviceInfo) -> Result<(), Errno> {
+    pub(super) fn end_recovery(&mut self, device: &DeviceInfo) -> Result<(), CommandError> {
         let data = u64::from(std::process::id());
-        self.execute(abi::END_USER_RECOVERY, device.dev_id, Payload { data, ..of(device) })
+        self.order(abi::END_USER_RECOVERY, device, Payload { data, ..of(device) })
     }
 
     /// Gives a started device another size, in bytes.
-    pub(super) fn update_size(&mut self, device: &DeviceInfo, bytes: u64) -> Result<(), Errno> {
-        self.execute(abi::UPDATE_SIZE, device.dev_id, Payload { data: bytes / abi::SECTOR, ..of(device) })
+    pub(super) fn update_size(&mut self, device: &DeviceInfo, bytes: u64) -> Result<(), CommandError> {
+        self.order(abi::UPDATE_SIZE, device, Payload { data: bytes / abi::SECTOR, ..of(device) })
     }
 
-    fn execute(&mut self, command: Command, id: u32, payload: Payload<'_>) -> Result<(), Errno> {
-        let path = payload.path.map(|path| [path.into_bytes(), vec![0]].concat()).unwrap_or_default();
-        let mut memory = [path.as_slice(), &*payload.buffer].concat();
-        let length = |len: usize| u16::try_from(len).map_err(|_| Errno::INVAL);
-        // struct ublksrv_ctrl_cmd
-        let mut words = [0; 80];
-        words[0..4].copy_from_slice(&id.to_ne_bytes());
-        words[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
-        if !memory.is_empty() {
-            words[6..8].copy_from_slice(&length(memory.len())?.to_ne_bytes());
-            words[8..16].copy_from_slice(&(memory.as_mut_ptr() as u64).to_ne_bytes());
-        }
-        words[16..24].copy_from_slice(&payload.data.to_ne_bytes());
-        words[24..26].copy_from_slice(&length(path.len())?.to_ne_bytes());
-        let op = command.op(self.encoded);
-        let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), op).cmd(words).build();
-        // SAFETY: the command holds the address of `memory`, which is neither moved nor freed before its completion
-        // has come: this function does not return earlier.
-        unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::BUSY)?;
-        let result = loop {
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::INTR) => {}
-                Err(error) => {
-                    // Whether the kernel has the command is not known: the memory must stay.
-                    std::mem::forget(memory);
-                    return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-                }
-            }
-            if let Some(completion) = self.ring.completion().next() {
-                break completion.result();
-            }
-        };
-        if result < 0 {
-            return Err(Errno::from_raw_os_error(-result));
-        }
-        payload.buffer.copy_from_slice(&memory[path.len()..]);
+    /// Sends a command that only asks.
+    fn ask(&mut self, command: Command, id: u32, payload: Payload<'_>) -> Result<(), CommandError> {
+        let mut call = self.call(command, id, Payload { buffer: &mut *payload.buffer, ..payload });
+        let asked = self.ring.run(self.file.as_fd(), &mut call, Some(ANSWER));
+        asked.map_err(|cause| CommandError::new(command, cause))?;
+        payload.buffer.copy_from_slice(call.memory.get(call.path_len..).unwrap_or_default());
         Ok(())
     }
+
+    /// Sends a command that changes a device, from a child.
+    fn order(&self, command: Command, device: &DeviceInfo, payload: Payload<'_>) -> Result<(), CommandError> {
+        let limit = match command {
+            abi::START_DEV => STARTING,
+            abi::STOP_DEV | abi::DEL_DEV | abi::DEL_DEV_ASYNC => ENDING,
+            _ => ANSWER,
+        };
+        let answered = self.apart(&mut self.call(command, device.dev_id, payload), limit)?;
+        answered.accept();
+        Ok(())
+    }
+
+    fn apart(&self, call: &mut Call, limit: Duration) -> Result<apart::Answered, CommandError> {
+        let answered = apart::run(self.file.as_fd(), call, limit, undo);
+        answered.map_err(|cause| CommandError::new(call.command, cause))
+    }
+
+    fn call(&self, command: Command, id: u32, payload: Payload<'_>) -> Call {
+        let path = payload.path.map(|path| [path.into_bytes(), vec![0]].concat()).unwrap_or_default();
+        Call {
+            command,
+            encoded: self.encoded,
+            id,
+            data: payload.data,
+            memory: [path.as_slice(), &*payload.buffer].concat(),
+            path_len: path.len(),
+        }
+    }
+}
+
+/// The call that undoes an answered one which nobody wants any more: a device that was made is deleted.
+fn undo(call: &Call) -> Option<Call> {
+    let added = info_in(call).filter(|_| call.command == abi::ADD_DEV)?;
+    let Payload { path, .. } = of(&added);
+    let path = path.map(|path| [path.into_bytes(), vec![0]].concat()).unwrap_or_default();
+    let path_len = path.len();
+    Some(Call {
+        command: abi::DEL_DEV,
+        encoded: call.encoded,
+        id: added.dev_id,
+        data: 0,
+        memory: path,
+        path_len,
+    })
+}
+
+/// The device that the kernel has filled in.
+fn info_in(call: &Call) -> Option<DeviceInfo> {
+    call.memory.get(call.path_len..)?.try_into().ok().map(info_from)
 }
 
 /// /dev/ublkcN: where requests come from.
@@ -244,25 +310,16 @@ fn info_from(bytes: &[u8; size_of::<DeviceInfo>()]) -> DeviceInfo {
     unsafe { std::mem::transmute::<[u8; size_of::<DeviceInfo>()], DeviceInfo>(*bytes) }
 }
 
-/// Bytes of `Params` that are fields; four of padding follow.
-const PARAMS_LEN: usize = 76;
-
-fn params_bytes(params: &Params) -> [u8; PARAMS_LEN] {
-    let len = u32::try_from(PARAMS_LEN).unwrap_or_default();
+fn params_bytes(params: &Params) -> [u8; size_of::<Params>()] {
+    let len = u32::try_from(size_of::<Params>()).unwrap_or_default();
     let params = Params { len, ..*params };
-    let mut bytes = [0; PARAMS_LEN];
-    // SAFETY: the first 76 bytes of Params are its fields, all of them integers, with no padding between.
-    unsafe {
-        std::ptr::copy_nonoverlapping((&raw const params).cast::<u8>(), bytes.as_mut_ptr(), PARAMS_LEN)
-    };
-    bytes
+    // SAFETY: a repr(C) structure of integers without padding (its size is tested) has no byte that is not set.
+    unsafe { std::mem::transmute::<Params, [u8; size_of::<Params>()]>(params) }
 }
 
-fn params_from(bytes: &[u8; PARAMS_LEN]) -> Params {
-    let mut params = Params::default();
-    // SAFETY: as above, the other way; any bytes are such integers.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut params).cast::<u8>(), PARAMS_LEN) };
-    params
+fn params_from(bytes: &[u8; size_of::<Params>()]) -> Params {
+    // SAFETY: any bytes are such integers.
+    unsafe { std::mem::transmute::<[u8; size_of::<Params>()], Params>(*bytes) }
 }
 
 #[cfg(test)]
@@ -281,12 +338,28 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_nobody_wants_is_deleted() {
+        let added = DeviceInfo { dev_id: 7, ..Default::default() };
+        let call = |command| Call {
+            command,
+            encoded: true,
+            id: u32::MAX,
+            data: 0,
+            memory: info_bytes(&added).to_vec(),
+            path_len: 0,
+        };
+        let undone = undo(&call(abi::ADD_DEV)).unwrap();
+        assert_eq!((undone.command, undone.id), (abi::DEL_DEV, 7));
+        assert!(undo(&call(abi::GET_DEV_INFO)).is_none());
+    }
+
+    #[test]
     fn structures_survive_their_bytes() {
         let info =
             DeviceInfo { dev_id: 7, ublksrv_pid: -1, flags: 1 << 40, owner_gid: 9, ..Default::default() };
         let back = info_from(&info_bytes(&info));
         assert_eq!((back.dev_id, back.ublksrv_pid, back.flags, back.owner_gid), (7, -1, 1 << 40, 9));
         let params = Params { dev_sectors: 1 << 50, disk_minor: 3, ..Default::default() };
-        assert_eq!(params_from(&params_bytes(&params)), Params { len: 76, ..params });
+        assert_eq!(params_from(&params_bytes(&params)), Params { len: 136, ..params });
     }
 }

@@ -17,17 +17,21 @@ use tokio::sync::watch;
 
 use super::abi::{self, DeviceInfo, Features};
 use super::channel::Channel;
+use super::command::{Cause, CommandError};
 use super::control::{Control, block_path, character_path};
 use super::queue;
 use super::state::{self, Record};
 use super::supervise::{self, Message};
 use super::task::Common;
 use super::translate;
-use super::wait::{PATIENCE, in_background, retry, wait_until_it_works, wait_until_left};
+use super::wait::{PATIENCE, in_background, node_is_there, retry, wait_until_it_works, wait_until_left};
 use crate::cli::UblkArgs;
 
 /// Threads of one queue's blocking pool at most.
 const BLOCKING_THREADS: usize = 16;
+
+/// How long the start of a device is waited for where the kernel reads its partition table.
+const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a device keeps its size.
 const FIXED: &str =
@@ -64,23 +68,30 @@ impl Device {
                 geometry.size - size
             );
         }
-        let info = control.add(&wish(&control, args)?).map_err(|errno| match (errno, args.id) {
-            (Errno::EXIST, Some(id)) => anyhow!("ublk device {id} exists already; choose another --id"),
-            (Errno::PERM | Errno::ACCESS, _) => {
-                anyhow!("no permission to make a ublk device: run as root, or with --unprivileged")
+        let adopt = |info: &DeviceInfo| {
+            supervise::tell(Message::Device(info.dev_id));
+            record.clone().of(info.dev_id, size).write()
+        };
+        let info = control.add(&wish(&control, args)?, adopt).map_err(|error| {
+            match (error.downcast_ref().and_then(CommandError::errno), args.id) {
+                (Some(Errno::EXIST), Some(id)) => {
+                    anyhow!("ublk device {id} exists already; choose another --id")
+                }
+                (Some(Errno::PERM | Errno::ACCESS), _) => {
+                    anyhow!("no permission to make a ublk device: run as root, or with --unprivileged")
+                }
+                (Some(Errno::NOSPC | Errno::USERS), _) => {
+                    anyhow!("the kernel makes no more ublk devices (module parameter ublks_max)")
+                }
+                _ => error.context("the kernel makes no ublk device"),
             }
-            (Errno::NOSPC | Errno::USERS, _) => {
-                anyhow!("the kernel makes no more ublk devices (module parameter ublks_max)")
-            }
-            _ => anyhow!(errno).context("the kernel makes no ublk device"),
         })?;
-        supervise::tell(Message::Device(info.dev_id));
         let params = translate::params(&geometry, size, logical, args.io_size);
         // A user's device may be used by its user once udev has made him the node's owner.
         let started = retry(PATIENCE, || control.set_params(&info, &params))
             .context("the kernel refuses the device's size or limits")
             .and_then(|()| Self::serve(info, export, args))
-            .and_then(|device| match device.start(&mut control, record.of(info.dev_id, size)) {
+            .and_then(|device| match device.start(size) {
                 Ok(()) => Ok(device),
                 Err(error) => {
                     device.stop(Duration::ZERO);
@@ -94,11 +105,31 @@ impl Device {
         started
     }
 
-    fn start(&self, control: &mut Control, record: Record) -> Result<()> {
-        let size = record.size;
-        record.write()?;
-        control.start(&self.info).context("the kernel does not start the device")?;
-        wait_until_it_works(self.info.dev_id, size)?;
+    /// Starts the device, and sees it work. A kernel that reads the partition table meanwhile, of a source that does not
+    /// answer, is not waited for: the device is there.
+    fn start(&self, size: u64) -> Result<()> {
+        let (info, id) = (self.info, self.info.dev_id);
+        let started = in_background(move || {
+            Control::open()?.start(&info).context("the kernel does not start the device")
+        });
+        match started.recv_timeout(START_PATIENCE) {
+            Ok(done) => {
+                done?;
+                wait_until_it_works(id, size)?;
+            }
+            Err(_) if node_is_there(id).is_ok() => {
+                tracing::warn!(
+                    "{}: the kernel still reads the partition table, and the source does not answer: the device can be \
+                     opened once it does; --scan-partitions=off leaves the table alone",
+                    block_path(id)
+                );
+                watch_late_start(id, started)?;
+            }
+            Err(_) => {
+                let error = CommandError::new(abi::START_DEV, Cause::Unanswered(START_PATIENCE));
+                return Err(anyhow!(error).context("the kernel does not start the device"));
+            }
+        }
         supervise::tell(Message::Live);
         Ok(())
     }
@@ -141,6 +172,8 @@ impl Device {
 
     /// Starts the threads that serve the queues.
     fn serve(info: DeviceInfo, export: Arc<Export>, args: &UblkArgs) -> Result<Self> {
+        let quiet =
+            args.scan_partitions == Some(false) && !info.features().contains(Features::NO_AUTO_PART_SCAN);
         let path = character_path(info.dev_id);
         let character = retry(PATIENCE, || {
             let opened = File::options().read(true).write(true).open(&path);
@@ -158,7 +191,7 @@ impl Device {
             let thread = thread::Builder::new()
                 .name(format!("ublk-{}-{queue}", info.dev_id))
                 .spawn(move || {
-                    run_queue(&info, queue, character, common, &ready);
+                    run_queue(&info, queue, character, common, quiet, &ready);
                     running.send_modify(|count| *count -= 1);
                 })
                 .context("cannot start a queue's thread")?;
@@ -206,10 +239,9 @@ impl Device {
     pub(super) fn stop(self, patience: Duration) -> bool {
         let Device { info, common, character, queues, mut running } = self;
         let id = info.dev_id;
-        let stopped = in_background(move || match Control::open()?.stop(&info) {
-            // Somebody else was quicker.
-            Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
-            Err(errno) => Err(anyhow!(errno).context("cannot stop the device")),
+        // Somebody else may have been quicker.
+        let stopped = in_background(move || {
+            unless_gone(Control::open()?.stop(&info)).context("cannot stop the device")
         });
         let in_time = match stopped.recv_timeout(patience.max(Duration::from_millis(100))) {
             Ok(done) => done,
@@ -232,9 +264,8 @@ impl Device {
             }
         }
         drop(character);
-        let deleted = in_background(move || match Control::open()?.delete(&info) {
-            Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
-            Err(errno) => Err(anyhow!(errno).context("cannot delete the device")),
+        let deleted = in_background(move || {
+            unless_gone(Control::open()?.delete(&info)).context("cannot delete the device")
         });
         let deleted =
             deleted.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(anyhow!("the device does not go")));
@@ -249,6 +280,27 @@ impl Device {
     }
 }
 
+/// Removes a device whose start fails after all.
+fn watch_late_start(id: u32, started: mpsc::Receiver<Result<()>>) -> Result<()> {
+    let watch = move || {
+        let Ok(Err(error)) = started.recv() else { return };
+        tracing::error!("{}: {error:#}", block_path(id));
+        if let Err(error) = Control::open().and_then(|mut control| bury(&mut control, id)) {
+            tracing::error!("{error:#}");
+        }
+    };
+    thread::Builder::new().name("ublk-start".into()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Counts a device that is not there as ended.
+fn unless_gone(ended: Result<(), CommandError>) -> Result<(), CommandError> {
+    match ended {
+        Err(error) if matches!(error.errno(), Some(Errno::NODEV | Errno::NOENT)) => Ok(()),
+        other => other,
+    }
+}
+
 /// Why devices keep their size on this kernel; None where they can grow.
 pub(super) fn fixed_size() -> Option<&'static str> {
     let grows = Control::open().is_ok_and(|control| control.features().contains(Features::UPDATE_SIZE));
@@ -257,13 +309,11 @@ pub(super) fn fixed_size() -> Option<&'static str> {
 
 /// Stops and deletes a device that nobody serves, and forgets it.
 pub(super) fn bury(control: &mut Control, id: u32) -> Result<()> {
-    let info = match control.info(id) {
-        Ok(info) => info,
-        Err(_) => {
-            state::remove(id);
-            return Ok(());
-        }
-    };
+    if !control.exists(id)? {
+        state::remove(id);
+        return Ok(());
+    }
+    let info = control.find(id)?;
     control.stop(&info).with_context(|| format!("{}: cannot be stopped", block_path(id)))?;
     control.delete(&info).with_context(|| format!("{}: cannot be deleted", block_path(id)))?;
     state::remove(id);
@@ -286,6 +336,9 @@ fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
         );
         flags = flags.with(Features::UNPRIVILEGED_DEV);
     }
+    if args.scan_partitions != Some(true) {
+        flags = flags.with(Features::NO_AUTO_PART_SCAN);
+    }
     // The kernel lets no user's process fill others' memory by itself.
     if args.kernel_copy || args.unprivileged {
         flags = Features(flags.0 & !Features::USER_COPY.0);
@@ -306,6 +359,7 @@ fn run_queue(
     queue: u16,
     character: Arc<File>,
     common: Arc<Common>,
+    quiet: bool,
     ready: &mpsc::Sender<io::Result<()>>,
 ) {
     let mut serving = false;
@@ -316,7 +370,7 @@ fn run_queue(
             .thread_name(format!("pool-{}-{queue}", info.dev_id))
             .build_local(LocalOptions::default())?;
         let channel = Channel::new(character, info, queue)?;
-        runtime.block_on(queue::serve(channel, common, || {
+        runtime.block_on(queue::serve(channel, common, quiet, || {
             serving = true;
             ready.send(Ok(())).is_ok()
         }))

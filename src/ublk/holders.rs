@@ -3,17 +3,22 @@
 use std::collections::HashSet;
 use std::fmt::Write;
 use std::fs;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{major, makedev, minor};
+use rustix::io::Errno;
 
+use super::apart;
 use super::control::block_path;
 use super::memory::unescape;
 
 /// Uses named in a line at most.
 const MOST: usize = 4;
+
+/// How long an open that looks for other users may take.
+const OPENING: Duration = Duration::from_secs(2);
 
 /// What keeps the device of this number busy, in words, as in "mounted on /srv"; None where nobody would be hurt by
 /// its end. `live` lets it be opened for that, which can take for ever where nobody serves it.
@@ -24,8 +29,8 @@ pub(super) fn of(id: u32, live: bool) -> Option<String> {
     uses.extend(processes(&numbers));
     if uses.is_empty() && live {
         // What claims the whole device without a name in /proc: swap, or a mount that was detached.
-        let claimed = fs::File::options().read(true).custom_flags(libc::O_EXCL).open(block_path(id));
-        if claimed.is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
+        let claimed = apart::open_exclusively(&block_path(id), OPENING) == Some(Errno::BUSY);
+        if claimed {
             uses.push("claimed by the kernel (swap, or a mount that was detached)".to_owned());
         }
     }

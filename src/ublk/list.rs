@@ -35,11 +35,11 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
     for record in records {
         let info = match control.info(record.id) {
             Ok(info) => info,
-            Err(rustix::io::Errno::NODEV) => {
+            Err(error) if error.errno() == Some(rustix::io::Errno::NODEV) => {
                 state::remove(record.id);
                 continue;
             }
-            Err(errno) => return Err(anyhow!(errno).context(block_path(record.id))),
+            Err(error) => return Err(anyhow!(error).context(block_path(record.id))),
         };
         let state = match info.state() {
             // The driver notices the end of a process a moment later.
@@ -106,7 +106,7 @@ pub(crate) fn features() -> Result<String> {
 /// One line where there is no such device.
 pub(crate) fn owner(name: &str) -> Result<String> {
     let id = control::parse_id(&name.replace("ublkc", "ublkb"))?;
-    let info = Control::open()?.info(id).map_err(|_| anyhow!("{name}: no such device"))?;
+    let info = Control::open()?.find(id)?;
     Ok(format!("{} {}\n", info.owner_uid, info.owner_gid))
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
     let id = control::parse_id(name)?;
     let path = block_path(id);
     let mut control = Control::open()?;
-    let info = control.info(id).map_err(|_| anyhow!("{path}: no such ublk device"))?;
+    let info = control.find(id)?;
     ensure!(
         force || state::read(id).is_some(),
         "{path}: was not made by nbdbridge; --force ends it all the same"
@@ -134,7 +134,7 @@ pub(crate) fn detach(name: &str, force: bool) -> Result<()> {
     kill_process(server, Signal::TERM).with_context(|| format!("{path}: process {}", info.ublksrv_pid))?;
     let started = Instant::now();
     let mut forced = false;
-    while control.info(id).is_ok() {
+    while control.exists(id)? {
         thread::sleep(Duration::from_millis(10));
         let waited = started.elapsed();
         if !is_alive(info.ublksrv_pid) {

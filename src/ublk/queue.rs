@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use bridge::{Buffer, Data, Error, ErrorKind, FileRange, Flags, Operation, RangeOrHole, Request};
 use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use tokio::io::unix::AsyncFd;
 
 use super::abi;
@@ -42,10 +43,12 @@ const MAX_TASK_BYTES: usize = 16 << 20;
 /// Buffers that are there from the start, so that writing out memory needs none: their size and number.
 const RESERVE: [(usize, usize); 3] = [(4 << 10, 64), (64 << 10, 16), (512 << 10, 4)];
 
-/// Serves the queue until the kernel wants no more of it. `ready` is called once every tag is fetched.
+/// Serves the queue until the kernel wants no more of it. `ready` is called once every tag is fetched. `quiet` keeps
+/// kernels without NO_AUTO_PART_SCAN from reading the partition table.
 pub(super) async fn serve(
     mut channel: Channel,
     common: Arc<Common>,
+    quiet: bool,
     ready: impl FnOnce() -> bool,
 ) -> io::Result<()> {
     let mut reserve: Vec<Buffer> =
@@ -57,7 +60,11 @@ pub(super) async fn serve(
     for tag in 0..depth {
         channel.fetch(tag)?;
     }
-    channel.submit()?;
+    if quiet {
+        without_sys_admin(|| channel.submit())?
+    } else {
+        channel.submit()?
+    }
     if let Some(Event::Tag(tag, result)) = channel.next() {
         // Nothing is asked of a device that has not started: the kernel has refused a fetch.
         tracing::debug!(tag, result, "fetch refused");
@@ -376,6 +383,18 @@ impl Queue {
         }
         Ok(())
     }
+}
+
+/// Runs `work` on this thread without CAP_SYS_ADMIN: the kernel trusts no partition table of a device whose queues were
+/// fetched without it.
+fn without_sys_admin<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let before = capabilities(None)?;
+    let mut less = before;
+    less.effective.remove(CapabilitySet::SYS_ADMIN);
+    set_capabilities(None, less)?;
+    let done = work();
+    set_capabilities(None, before)?;
+    done
 }
 
 fn failure(request: &Request, error: &Error) -> i32 {

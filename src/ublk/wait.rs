@@ -1,53 +1,56 @@
 //! Waiting for the kernel, with a limit: for nodes to come, for a process to be gone, for a command that may not end.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail, ensure};
-use bridge::Buffer;
-use rustix::fs::{major, minor};
+use rustix::fs::{Access, AtFlags, CWD, major, minor};
 use rustix::io::Errno;
 
-use super::abi::{DeviceInfo, Features, State};
+use super::abi::{self, DeviceInfo, Features, State};
+use super::command::CommandError;
 use super::control::{Control, block_path};
 
 /// How long nodes in /dev may take to come, and an ending device to go.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Waits until the node is there, with the device's number and size, and a read comes through.
+/// Waits until the node is there, with the device's number and size. The device is not opened: an open waits where the
+/// kernel reads the partition table of a source that does not answer, and a process that waits for its own device cannot
+/// end.
+///
+/// # Errors
+/// The node does not come, this user may not read it, or it has another size.
 pub(super) fn wait_until_it_works(id: u32, size: u64) -> Result<()> {
+    let sized = || {
+        node_is_there(id)?;
+        let sectors = std::fs::read_to_string(format!("/sys/block/ublkb{id}/size")).unwrap_or_default();
+        let found = sectors.trim().parse::<u64>().ok().and_then(|sectors| sectors.checked_mul(abi::SECTOR));
+        if found == Some(size) { Ok(()) } else { Err(Errno::NXIO) }
+    };
+    retry(PATIENCE, sized).map_err(|errno| {
+        let path = block_path(id);
+        match errno {
+            Errno::ACCESS | Errno::PERM => {
+                anyhow!("{path}: no permission to read it: its owner is set by contrib/udev's rule")
+            }
+            _ => anyhow!(errno).context(format!("{path}: does not work")),
+        }
+    })
+}
+
+/// Checks that the node of a device is there, with the device's number, and that this user may read it. It is not opened.
+pub(super) fn node_is_there(id: u32) -> Result<(), Errno> {
     let path = block_path(id);
     let numbers = std::fs::read_to_string(format!("/sys/block/ublkb{id}/dev")).unwrap_or_default();
-    let look = || -> Result<(), Errno> {
-        let raw = |error: io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
-        let mut disk = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path).map_err(raw)?;
-        let there = disk.metadata().map_err(raw)?;
-        let number = format!("{}:{}", major(there.rdev()), minor(there.rdev()));
-        if !there.file_type().is_block_device() || number != numbers.trim() {
-            return Err(Errno::NOENT);
-        }
-        if io::Seek::seek(&mut disk, io::SeekFrom::End(0)).map_err(raw)? != size {
-            return Err(Errno::NXIO);
-        }
-        let mut first = Buffer::new(usize::try_from(size.min(4096)).unwrap_or(4096));
-        rustix::io::pread(&disk, &mut first[..], 0).map(drop)
-    };
-    match retry(PATIENCE, look) {
-        Ok(()) => Ok(()),
-        // A source that cannot read its first block makes a poor device, but one it is.
-        Err(Errno::IO) => {
-            tracing::warn!("{path}: its first block cannot be read");
-            Ok(())
-        }
-        Err(Errno::ACCESS | Errno::PERM) => {
-            bail!("{path}: no permission to read it: its owner is set by contrib/udev's rule")
-        }
-        Err(errno) => Err(anyhow!(errno).context(format!("{path}: does not work"))),
+    let there =
+        std::fs::metadata(&path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let number = format!("{}:{}", major(there.rdev()), minor(there.rdev()));
+    if !there.file_type().is_block_device() || number != numbers.trim() {
+        return Err(Errno::NOENT);
     }
+    rustix::fs::accessat(CWD, &path, Access::READ_OK, AtFlags::EACCESS)
 }
 
 /// Whether a device can be taken over as far as is known before anything is opened.
@@ -56,7 +59,7 @@ pub(super) fn wait_until_it_works(id: u32, size: u64) -> Result<()> {
 /// One line: it is gone, or somebody serves it.
 pub(super) fn check_left(id: u32) -> Result<()> {
     let mut control = Control::open()?;
-    let info = control.info(id).map_err(|_| anyhow!("{}: no such ublk device", block_path(id)))?;
+    let info = control.find(id)?;
     ensure!(
         info.state() != State::Live || !is_alive(info.ublksrv_pid),
         "{}: is served by process {}",
@@ -70,7 +73,7 @@ pub(super) fn check_left(id: u32) -> Result<()> {
 pub(super) fn wait_until_left(control: &mut Control, id: u32) -> Result<DeviceInfo> {
     let until = Instant::now() + PATIENCE;
     loop {
-        let info = control.info(id).map_err(|_| anyhow!("{}: no such ublk device", block_path(id)))?;
+        let info = control.find(id)?;
         ensure!(
             info.features().contains(Features::USER_RECOVERY),
             "{}: was made without --recoverable; `nbdbridge detach` removes it",
@@ -89,17 +92,33 @@ pub(super) fn wait_until_left(control: &mut Control, id: u32) -> Result<DeviceIn
     }
 }
 
+/// An error that another attempt may not meet.
+pub(super) trait MayPass {
+    /// Returns whether another attempt can succeed.
+    fn may_pass(&self) -> bool;
+}
+
+impl MayPass for Errno {
+    fn may_pass(&self) -> bool {
+        matches!(*self, Errno::NOENT | Errno::ACCESS | Errno::BUSY | Errno::NXIO | Errno::NODEV)
+    }
+}
+
+impl MayPass for CommandError {
+    fn may_pass(&self) -> bool {
+        self.errno().is_some_and(|errno| errno.may_pass())
+    }
+}
+
 /// Tries again what may succeed later.
-pub(super) fn retry<T>(
+pub(super) fn retry<T, E: MayPass>(
     patience: Duration,
-    mut attempt: impl FnMut() -> Result<T, Errno>,
-) -> Result<T, Errno> {
+    mut attempt: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
     let until = Instant::now() + patience;
     loop {
         match attempt() {
-            Err(Errno::NOENT | Errno::ACCESS | Errno::BUSY | Errno::NXIO | Errno::NODEV)
-                if Instant::now() < until =>
-            {
+            Err(error) if error.may_pass() && Instant::now() < until => {
                 thread::sleep(Duration::from_millis(10));
             }
             other => return other,
