@@ -20,6 +20,7 @@ use super::options::DiskFormat;
 use super::runtime::{Runtime, State};
 use super::space::Settings;
 use super::{Error, Name, Pending, Record, Result, durable};
+use crate::detach;
 
 /// The file that makes a folder a pool. No volume can have this name.
 const FILE: &str = ".pool.json";
@@ -218,6 +219,8 @@ impl Pool {
     /// Undoes or finishes what was cut short. What somebody works on is left to them, and what fails to the next time.
     fn converge(&self) -> Result<()> {
         self.sweep()?;
+        let folder = self.folder();
+        detach::sweep(|attachment| Path::new(&attachment.source).starts_with(folder));
         for (name, record) in self.all()? {
             if let Ok(Record { pending: Some(_), .. }) = record {
                 self.converge_one(&name);
