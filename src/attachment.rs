@@ -1,20 +1,29 @@
 //! What is attached on this host: one small file for each FUSE file, so that `nbdbridge devices` and `nbdbridge detach` find
 //! it. The folder is /run/nbdbridge, or $XDG_RUNTIME_DIR/nbdbridge for a user (else /run/user/UID/nbdbridge).
 //!
-//! The files are hints, and may be missing or old: what is mounted, the kernel knows better.
+//! A file is written before anything is made, and removed after everything is gone: whatever a killed process has left is
+//! found by it. The files are hints, and may be missing or old: what is mounted, the kernel knows better. Nothing here asks
+//! a FUSE server.
 
+use std::cell::{Ref, RefCell};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use crate::fuse::{Made, is_dead};
+use crate::attach::{backing_file, is_attachment, loops_over};
+use crate::fuse::{Made, Mounted};
 use bridge::Geometry;
 use rustix::process::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
 
 /// Names of these files begin with it.
 const PREFIX: &str = "fuse-";
+
+/// Names of those that are being written end with it.
+const HALF: &str = ".new";
 
 /// One FUSE file, and the loop device that may stand upon it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,10 +34,13 @@ pub(crate) struct Attachment {
     pub(crate) started: u64,
     /// What it serves, as it was given.
     pub(crate) source: String,
-    /// The mounted file.
+    /// The mounted file, or the one that is about to be mounted.
     pub(crate) file: PathBuf,
-    /// That was made for it.
+    /// The empty file that was made for it, or is about to be.
     pub(crate) made: Option<Made>,
+    /// The device number of the mounted file system, as in `0:52`. None before it is mounted.
+    #[serde(default)]
+    pub(crate) number: Option<String>,
     /// The block device upon it.
     pub(crate) device: Option<PathBuf>,
     /// In bytes.
@@ -37,45 +49,63 @@ pub(crate) struct Attachment {
     pub(crate) read_only: bool,
 }
 
+/// What is written down of an attachment of this process, in a file that is removed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Note {
+    attachment: RefCell<Attachment>,
+    /// None where it cannot be written.
+    file: Option<StateFile>,
+}
+
 /// An attachment's file; removed when dropped.
 #[derive(Debug)]
-pub(crate) struct StateFile(PathBuf);
+struct StateFile(PathBuf);
+
+impl Note {
+    /// Writes down that `file` is about to be mounted. Where that is not possible nobody lists it, and nothing else is lost.
+    pub(crate) fn begin(source: &OsStr, file: &Path, geometry: &Geometry, read_only: bool) -> Self {
+        let attachment = Attachment::new(source, file, geometry, read_only);
+        Note { file: attachment.save(), attachment: RefCell::new(attachment) }
+    }
+
+    /// Changes what is written down, in one step.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Attachment)) {
+        let mut attachment = self.attachment.borrow_mut();
+        change(&mut attachment);
+        if let Some(StateFile(path)) = &self.file
+            && let Err(error) = attachment.write(path)
+        {
+            tracing::info!("{}: cannot be written: {error}", path.display());
+        }
+    }
+
+    /// What is written down.
+    pub(crate) fn attachment(&self) -> Ref<'_, Attachment> {
+        self.attachment.borrow()
+    }
+}
 
 impl Attachment {
-    /// One of this process.
-    pub(crate) fn new(
-        source: &OsStr,
-        file: &Path,
-        made: Option<Made>,
-        geometry: &Geometry,
-        read_only: bool,
-    ) -> Self {
+    fn new(source: &OsStr, file: &Path, geometry: &Geometry, read_only: bool) -> Self {
         let pid = std::process::id();
         Attachment {
             pid,
             started: started(pid).unwrap_or(0),
             source: source.to_string_lossy().into_owned(),
             file: file.to_owned(),
-            made,
+            made: None,
+            number: None,
             device: None,
             size: geometry.size,
             read_only,
         }
     }
 
-    /// Writes it down. Where that is not possible, nobody lists it, and nothing else is lost.
-    pub(crate) fn save(&self) -> Option<StateFile> {
+    fn save(&self) -> Option<StateFile> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let folder = folder()?;
         let path = folder.join(format!("{PREFIX}{}-{}.json", self.pid, NUMBER.fetch_add(1, Relaxed)));
-        let save = || {
-            fs::create_dir_all(&folder)?;
-            // Whole or not at all: somebody may be reading.
-            let half = path.with_extension("new");
-            fs::write(&half, serde_json::to_vec(self)?)?;
-            fs::rename(&half, &path)
-        };
-        match save() {
+        match fs::create_dir_all(&folder).and_then(|()| self.write(&path)) {
             Ok(()) => Some(StateFile(path)),
             Err(error) => {
                 tracing::info!(
@@ -87,33 +117,96 @@ impl Attachment {
         }
     }
 
-    /// All that are written down, with their files. Those of dead processes only while something is left of them: a dead
-    /// mount, or the file that was made for it.
+    fn write(&self, path: &Path) -> io::Result<()> {
+        // Whole or not at all: somebody may be reading.
+        let half = path.with_extension(HALF.trim_start_matches('.'));
+        fs::write(&half, serde_json::to_vec(self)?)?;
+        fs::rename(&half, path)
+    }
+
+    /// All attachments that are written down, with their files. Those of dead processes only while something is left of them:
+    /// a mount, a loop device, or the file that was made for the mount.
     pub(crate) fn all() -> Vec<(Attachment, PathBuf)> {
         let Some(Ok(files)) = folder().map(fs::read_dir) else { return Vec::new() };
-        let mut all: Vec<_> = files
+        let mut all: Vec<(Attachment, PathBuf)> = files
             .flatten()
             .filter(|file| {
                 let name = file.file_name();
-                name.to_str().is_some_and(|name| name.starts_with(PREFIX) && name.ends_with(".json"))
+                let Some(name) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
+                    return false;
+                };
+                if name.strip_suffix(HALF).is_some_and(is_left_half) {
+                    // Its process was killed while it wrote. At worst it stays.
+                    let _ = fs::remove_file(file.path());
+                }
+                name.ends_with(".json")
             })
             .filter_map(|file| {
                 let attachment = serde_json::from_slice(&fs::read(file.path()).ok()?).ok()?;
                 Some((attachment, file.path()))
             })
             .collect();
-        all.retain(|(attachment, path): &(Attachment, _)| {
+        // Asked once: a process that ends meanwhile is told apart next time.
+        let living: HashMap<PathBuf, PathBuf> = all
+            .iter()
+            .filter(|(attachment, _)| attachment.is_alive())
+            .map(|(attachment, note)| (note.clone(), attachment.file.clone()))
+            .collect();
+        all.retain_mut(|(attachment, note)| {
+            if living.contains_key(note) {
+                return true;
+            }
+            attachment.device = attachment.devices().into_iter().next();
+            // What is mounted there now may be a successor's.
+            let is_taken = living.values().any(|file| *file == attachment.file);
             let is_left = |made: Made| made.is_left(&attachment.file);
-            let keep =
-                attachment.is_alive() || is_dead(&attachment.file) || attachment.made.is_some_and(is_left);
+            let keep = attachment.device.is_some()
+                || !is_taken && attachment.is_mounted()
+                || attachment.made.is_some_and(is_left);
             if !keep {
-                // At worst it stays.
-                let _ = fs::remove_file(path);
+                attachment.forget(note);
             }
             keep
         });
-        all.sort_by(|(one, _): &(Attachment, _), (other, _)| one.file.cmp(&other.file));
+        all.sort_by(|(one, _), (other, _)| one.file.cmp(&other.file));
         all
+    }
+
+    /// The attachment that a loop device belongs to, with its file.
+    pub(crate) fn of_device(device: &Path) -> Option<(Attachment, PathBuf)> {
+        let backing = backing_file(device)?;
+        let is_it = |attachment: &Attachment| {
+            attachment.file == backing
+                || backing == Path::new("/") && attachment.device.as_deref() == Some(device)
+        };
+        let mut all = Attachment::all();
+        all.sort_by_key(|(attachment, _)| !attachment.is_alive());
+        let (mut attachment, note) = all.into_iter().find(|(attachment, _)| is_it(attachment))?;
+        attachment.device = Some(device.to_owned());
+        Some((attachment, note))
+    }
+
+    /// The loop devices that stand upon the file. One that was written down counts also where the file was unmounted behind
+    /// the device's back.
+    pub(crate) fn devices(&self) -> Vec<PathBuf> {
+        let mut devices = loops_over(&self.file);
+        let known = self.device.clone().filter(|device| !devices.contains(device));
+        devices
+            .extend(known.filter(|device| backing_file(device).is_some_and(|file| file == Path::new("/"))));
+        devices
+    }
+
+    /// Whether the file is mounted, as its process sees it; as this one does, where its process is gone.
+    pub(crate) fn is_mounted(&self) -> bool {
+        let process = match self.is_alive() {
+            true => PathBuf::from(format!("/proc/{}", self.pid)),
+            false => PathBuf::from("/proc/self"),
+        };
+        let mounts = Mounted::seen_by(&process).or_else(|_| Mounted::all()).unwrap_or_default();
+        let there = mounts.iter().rev().find(|mounted| mounted.point == self.file);
+        there.is_some_and(|mounted| {
+            mounted.is_ours() && self.number.as_ref().is_none_or(|number| *number == mounted.device)
+        })
     }
 
     /// Removes what its process, which is dead, has left once nothing is mounted there any more: the file, and the folder
@@ -122,8 +215,8 @@ impl Attachment {
         if let Some(made) = self.made {
             made.remove(&self.file);
         }
-        if let Some(parent) = self.file.parent().filter(|parent| parent.starts_with("/run/nbdbridge/")) {
-            // Only an empty one goes.
+        if let Some(parent) = self.file.parent().filter(|parent| is_attachment(parent)) {
+            // Made by a process that was killed before it could write down the file. Only an empty folder goes.
             let _ = fs::remove_dir(parent);
         }
         // At worst it stays.
@@ -139,6 +232,12 @@ impl Attachment {
     pub(crate) fn process(&self) -> Option<Pid> {
         self.is_alive().then(|| i32::try_from(self.pid).ok().and_then(Pid::from_raw)).flatten()
     }
+}
+
+/// Whether a name, `PID-NUMBER`, is that of a process that is gone.
+fn is_left_half(name: &str) -> bool {
+    let pid = name.split_once('-').and_then(|(pid, _)| pid.parse().ok());
+    pid.is_some_and(|pid| started(pid).is_none())
 }
 
 impl Drop for StateFile {
@@ -157,6 +256,13 @@ pub(crate) fn folder() -> Option<PathBuf> {
     let of_user =
         || Some(PathBuf::from(format!("/run/user/{}", geteuid().as_raw()))).filter(|path| path.is_dir());
     Some(told.or_else(of_user)?.join("nbdbridge"))
+}
+
+/// Whether a process is stopped by a signal or a debugger (proc_pid_stat(5), field 3).
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().next());
+    matches!(state, Some("T" | "t"))
 }
 
 /// When a process was started, in clock ticks (proc_pid_stat(5), field 22); None for one that is gone or only waits to be
@@ -182,7 +288,7 @@ mod tests {
             preferred_block: 4096,
             capabilities: bridge::Capabilities::NONE,
         };
-        let mine = Attachment::new(OsStr::new("mem:7"), Path::new("/x"), None, &geometry, true);
+        let mine = Attachment::new(OsStr::new("mem:7"), Path::new("/x"), &geometry, true);
         assert!(mine.is_alive() && mine.process().is_some() && mine.started > 0);
         let earlier = Attachment { started: mine.started - 1, ..mine.clone() };
         assert!(!earlier.is_alive() && earlier.process().is_none());

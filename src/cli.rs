@@ -51,6 +51,7 @@ pub(crate) use values::{
 };
 pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
 
+use crate::helper;
 use crate::volume::freeze::GUARD_COMMAND;
 
 /// Exit status of a command line that makes no sense.
@@ -81,6 +82,8 @@ pub(crate) enum Action {
     Volume(Box<VolumeAction>),
     /// `nbdbridge info`: tell about a source.
     Info(Box<InfoArgs>),
+    /// Make system calls for another process of this program.
+    Helper(Vec<OsString>),
     /// Keep a file system frozen for a while.
     GuardFrozen {
         /// Where it is mounted.
@@ -282,6 +285,11 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, 
 
 /// The command that this program gives itself: neither help nor completions tell of it.
 fn guard_words(args: &[OsString]) -> Option<Action> {
+    if let [_, word, task @ ..] = args
+        && word == helper::COMMAND
+    {
+        return Some(Action::Helper(task.to_vec()));
+    }
     let [_, word, point, milliseconds] = args else { return None };
     let limit = Duration::from_millis(milliseconds.to_str()?.parse().ok()?);
     (word == GUARD_COMMAND).then(|| Action::GuardFrozen { point: point.into(), limit })

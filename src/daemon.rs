@@ -18,13 +18,17 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, WaitOptions, setsid, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::pid_file::PidFile;
 use crate::systemd;
+
+/// A server that is not ready by then never will be: to check a large image may take minutes.
+const START_LIMIT_SECONDS: i64 = 900;
 
 /// Tells scripts, the service manager and the waiting parent process that clients can connect.
 #[derive(Debug)]
@@ -48,11 +52,11 @@ pub(crate) enum Forked {
 }
 
 /// Splits the process in two; the parent returns when the child is ready or has ended. `keep_stderr` leaves the
-/// child its stderr, for logs.
+/// child its stderr, for logs. `clean_up` is told the number of a child that was killed before it was ready.
 ///
 /// # Errors
 /// The process has threads already (they would be missing in the child), or the operating system refuses.
-pub(crate) fn fork(keep_stderr: bool) -> Result<Forked> {
+pub(crate) fn fork(keep_stderr: bool, clean_up: impl FnOnce(u32)) -> Result<Forked> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for --fork")?;
     match split()? {
         None => {
@@ -61,7 +65,7 @@ pub(crate) fn fork(keep_stderr: bool) -> Result<Forked> {
         }
         Some(child) => {
             drop(writer);
-            wait_for(reader, child).map(Forked::Parent)
+            wait_for(reader, child, clean_up).map(Forked::Parent)
         }
     }
 }
@@ -105,7 +109,19 @@ pub(crate) fn leave_terminal(keep_stderr: bool) -> Result<()> {
     Ok(())
 }
 
-fn wait_for(reader: OwnedFd, child: Pid) -> Result<ExitCode> {
+fn wait_for(reader: OwnedFd, child: Pid, clean_up: impl FnOnce(u32)) -> Result<ExitCode> {
+    let limit = Timespec { tv_sec: START_LIMIT_SECONDS, tv_nsec: 0 };
+    let said = loop {
+        match poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&limit)) {
+            Err(Errno::INTR) => {}
+            other => break other.context("cannot wait for the server")? > 0,
+        }
+    };
+    if !said {
+        // At worst it has ended meanwhile.
+        let _ = kill_process(child, Signal::KILL);
+        bail!("the server was not ready within {START_LIMIT_SECONDS} s, and was killed");
+    }
     let mut word = [0; 1];
     if matches!(File::from(reader).read(&mut word), Ok(1)) {
         return Ok(ExitCode::SUCCESS);
@@ -119,7 +135,10 @@ fn wait_for(reader: OwnedFd, child: Pid) -> Result<ExitCode> {
     };
     match status.map(|(_, status)| (status.exit_status(), status.terminating_signal())) {
         Some((Some(code), _)) if code != 0 => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),
-        Some((_, Some(signal))) => bail!("the server was ended by signal {signal} before it was ready"),
+        Some((_, Some(signal))) => {
+            clean_up(child.as_raw_nonzero().get().unsigned_abs());
+            bail!("the server was ended by signal {signal} before it was ready")
+        }
         _ => bail!("the server ended before it was ready"),
     }
 }
@@ -192,7 +211,7 @@ mod tests {
     fn no_fork_among_threads() {
         let (done, wait) = std::sync::mpsc::channel::<()>();
         let other = std::thread::spawn(move || wait.recv());
-        let error = fork(false).unwrap_err();
+        let error = fork(false, |_| ()).unwrap_err();
         assert!(format!("{error}").contains("threads"), "{error}");
         drop(done);
         assert!(other.join().unwrap().is_err());

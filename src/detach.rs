@@ -1,22 +1,25 @@
 //! `nbdbridge detach`: ends what `ublk`, `attach` or `fuse` has made, by what it is: a kernel device, which `ublk` ends, a loop
 //! device or a FUSE file.
 //!
-//! A living server is asked to end, and waited for; what a dead one has left is cleared away.
+//! A living server flushes, is asked to end, and waited for; what a dead one has left is cleared away. Every wait has an
+//! end, also where the server is stopped.
 
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
 use rustix::process::{Signal, kill_process};
 
-use crate::attach::{backing_file, describe_use, detach_loop, in_use};
-use crate::attachment::Attachment;
+use crate::attach::{describe_use, detach as detach_loop, in_use, loops_over};
+use crate::attachment::{Attachment, is_stopped};
 use crate::cli::DetachArgs;
-use crate::fuse::{self, Mounted, Unmounted};
+use crate::fuse::{self, Answer, Mounted, Unmounted};
+use crate::helper::{self, Failure, Task};
 use crate::patience::lasts;
 use crate::stop::SECOND_AFTER;
-use crate::ublk;
+use crate::{end_report, ublk};
 
 /// A server that takes longer to end is left alone.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,79 +27,251 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Programs that look at every device have it open for less.
 const LOOKERS: Duration = Duration::from_secs(1);
 
+/// Flushing may take so long; a forced end does not wait for more than the second.
+const FLUSH_LIMIT: Duration = Duration::from_secs(120);
+const FORCED_FLUSH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How a disk has ended.
+#[derive(Debug)]
+#[must_use]
+pub(crate) enum Ended {
+    /// All that was written is durable.
+    Whole,
+    /// What was written since the last flush may be lost. The line says so, and why.
+    Lost(String),
+}
+
 /// Ends the attachment at a device or file.
 ///
 /// # Errors
-/// One line: it is not ours, or in use.
+/// One line: it is not ours, it is in use, it does not answer. Or it has ended, and its last flush failed.
 pub(crate) fn run(args: &DetachArgs) -> Result<()> {
-    let target = &args.target;
-    if let Some(name) = target.to_str().filter(|name| ublk::is_name(name)) {
-        return ublk::detach(name, args.force);
-    }
-    let is_device = std::fs::metadata(target).is_ok_and(|found| found.file_type().is_block_device());
-    if is_device {
-        let device = target.canonicalize().with_context(|| target.display().to_string())?;
-        detach_device(&device, args.force)
-    } else {
-        let path = fuse::resolve(target)
-            .with_context(|| format!("{}: there is nothing to detach", target.display()))?;
-        detach_file(&path, args.force)
+    match end(&args.target, args.force)? {
+        Ended::Whole => Ok(()),
+        Ended::Lost(line) => bail!("{line}"),
     }
 }
 
+/// Ends the attachment at a device or file, and tells how it ended.
+///
+/// # Errors
+/// One line, and the attachment stays: it is not ours, it is in use, it does not answer.
+pub(crate) fn end(target: &Path, force: bool) -> Result<Ended> {
+    if let Some(name) = target.to_str().filter(|name| ublk::is_name(name)) {
+        return detach_ublk(name, force);
+    }
+    let is_device =
+        fuse::look(target, AtFlags::empty()).is_ok_and(|found| fuse::kind(&found).is_block_device());
+    if is_device {
+        let device = target.canonicalize().with_context(|| target.display().to_string())?;
+        detach_device(&device, force)
+    } else {
+        let path = fuse::resolve(target)
+            .with_context(|| format!("{}: there is nothing to detach", target.display()))?;
+        detach_file(&path, force)
+    }
+}
+
+/// Clears what dead processes have left of the attachments that `which` means, but for devices in use.
+pub(crate) fn sweep(which: impl Fn(&Attachment) -> bool) {
+    for (attachment, note) in Attachment::all() {
+        if !attachment.is_alive()
+            && which(&attachment)
+            && let Err(error) = clear(&attachment, &note, false)
+        {
+            tracing::info!("what process {} has left stays: {error:#}", attachment.pid);
+        }
+    }
+}
+
+/// A device of ublk's. Its server tells of a failed flush.
+fn detach_ublk(name: &str, force: bool) -> Result<Ended> {
+    let server = ublk::server(name).filter(|server| server.live);
+    let flushed = match server {
+        Some(_) => flush(Path::new(name), force)?,
+        None => Ok(()),
+    };
+    let since = server.as_ref().and_then(|server| crate::attachment::started(server.pid));
+    ublk::detach(name, force)?;
+    let server = server.map(|server| server.pid).zip(since);
+    if let Some((pid, since)) = server {
+        // The report is written after the device is gone.
+        let alive = || crate::attachment::started(pid) == Some(since);
+        ensure!(!lasts(PATIENCE, alive), "{name}: process {pid} does not end; look at its log");
+    }
+    Ok(ended(Path::new(name), flushed, server))
+}
+
 /// A loop device over a file of ours.
-fn detach_device(device: &Path, force: bool) -> Result<()> {
-    let file = backing_file(device);
-    let found = Attachment::all().into_iter().find(|(attachment, _)| {
-        attachment.device.as_deref() == Some(device) && Some(&attachment.file) == file.as_ref()
-    });
-    let Some((attachment, note)) = found else {
+fn detach_device(device: &Path, force: bool) -> Result<Ended> {
+    let Some((attachment, note)) = Attachment::of_device(device) else {
         bail!("{}: was not attached by nbdbridge (`nbdbridge devices` lists what was)", device.display());
     };
+    if !attachment.is_alive() {
+        return clear(&attachment, &note, force).map(|()| Ended::Whole);
+    }
+    check_answers(&attachment)?;
     ensure!(
         force || !lasts(LOOKERS, || in_use(device)),
         "{}: is in use ({}); end that first, or add --force",
         device.display(),
         describe_use(device)
     );
-    if attachment.is_alive() {
-        return end(&attachment, force);
-    }
-    detach_loop(device).with_context(|| format!("{}: cannot detach it", device.display()))?;
-    unmount(&attachment.file, true)?;
-    attachment.forget(&note);
-    Ok(())
+    let flushed = flush(device, force)?;
+    stop(&attachment, force)?;
+    Ok(ended_noted(device, flushed, &attachment, &note))
 }
 
 /// A FUSE file of ours.
-fn detach_file(path: &Path, force: bool) -> Result<()> {
-    let found = Attachment::all().into_iter().find(|(attachment, _)| attachment.file == path);
+fn detach_file(path: &Path, force: bool) -> Result<Ended> {
+    let mut all = Attachment::all();
+    all.retain(|(attachment, _)| attachment.file == path);
+    // A dead one may have been at the same path before.
+    all.sort_by_key(|(attachment, _)| !(attachment.is_alive() && attachment.is_mounted()));
     let mounted = Mounted::at(path).context("cannot learn what is mounted")?;
     let is_mounted = mounted.last().is_some_and(Mounted::is_ours);
-    if let Some((Attachment { device: Some(device), .. }, _)) = &found {
-        bail!("{}: is attached as {}; detach that", path.display(), device.display());
-    }
-    let Some((attachment, note)) = found else {
+    let Some((attachment, note)) = all.into_iter().next() else {
         ensure!(
             is_mounted,
             "{}: is no device or file of nbdbridge's (`nbdbridge devices` lists them)",
             path.display()
         );
-        return unmount(path, force || fuse::is_dead(path));
+        return detach_unknown(path, force);
     };
-    if !attachment.is_alive() {
-        if is_mounted {
-            unmount(path, true)?;
-        }
-        attachment.forget(&note);
-        return Ok(());
+    if let Some(device) = &attachment.device {
+        bail!("{}: is attached as {}; detach that", path.display(), device.display());
     }
-    if is_mounted && !force {
+    if !attachment.is_alive() {
+        return clear(&attachment, &note, force).map(|()| Ended::Whole);
+    }
+    check_answers(&attachment)?;
+    if !attachment.is_mounted() {
+        if attachment.number.is_some() && !force {
+            // Unmounted by somebody else. Its server ends as soon as nobody has it open.
+            ensure!(
+                !lasts(LOOKERS, || attachment.is_alive()),
+                "{}: is unmounted, but still in use by {}; end that first, or add --force",
+                path.display(),
+                fuse::describe_users(path, attachment.number.as_deref())
+            );
+        }
+        stop(&attachment, force)?;
+        return Ok(ended_noted(path, Ok(()), &attachment, &note));
+    }
+    let flushed = flush(path, force)?;
+    if force {
+        stop(&attachment, force)?;
+    } else {
         // Unmounted by us, it is known to be free; and its server ends by itself.
         unmount(path, false)?;
-        return wait_for(&attachment);
+        wait_for(&attachment)?;
     }
-    end(&attachment, force)
+    Ok(ended_noted(path, flushed, &attachment, &note))
+}
+
+/// A mounted file of which nothing is written down: its server could not, or is another user's.
+fn detach_unknown(path: &Path, force: bool) -> Result<Ended> {
+    match fuse::ask(path) {
+        Answer::Dead => {
+            for device in loops_over(path) {
+                detach_loop(&device).with_context(|| format!("{}: cannot detach it", device.display()))?;
+            }
+            unmount(path, true).map(|()| Ended::Whole)
+        }
+        Answer::Silent => {
+            ensure!(force, "{}: its server does not answer; add --force", path.display());
+            unmount(path, true).map(|()| Ended::Whole)
+        }
+        Answer::Lives => {
+            let flushed = flush(path, force)?;
+            unmount(path, force)?;
+            Ok(ended(path, flushed, None))
+        }
+    }
+}
+
+/// Refuses to wait for a server that does not answer.
+fn check_answers(attachment: &Attachment) -> Result<()> {
+    let (place, pid) = (attachment.device.as_ref().unwrap_or(&attachment.file).display(), attachment.pid);
+    ensure!(
+        !is_stopped(pid),
+        "{place}: process {pid}, which serves it, is stopped; let it go on (kill -CONT {pid}), or end it: kill -9 {pid}"
+    );
+    let silent = attachment.is_mounted() && fuse::ask(&attachment.file) == Answer::Silent;
+    ensure!(
+        !silent || !attachment.is_alive(),
+        "{place}: process {pid}, which serves it, does not answer; look at its log, or end it: kill -9 {pid}"
+    );
+    Ok(())
+}
+
+/// Flushes through the server. The inner result is the flush's own.
+fn flush(path: &Path, force: bool) -> Result<std::result::Result<(), Failure>> {
+    let limit = if force { FORCED_FLUSH_LIMIT } else { FLUSH_LIMIT };
+    match helper::run(&Task::Flush(path), limit) {
+        Ok(_) | Err(Failure::NotStarted(_)) => Ok(Ok(())),
+        // Another user's file, or one that is gone by now: its server flushes by itself.
+        Err(Failure::Refused(Some(Errno::ACCESS | Errno::PERM | Errno::NOENT | Errno::NXIO), _)) => {
+            Ok(Ok(()))
+        }
+        Err(Failure::Silent(_)) if !force => {
+            bail!("{}: does not flush within {limit:?}; try again later, or add --force", path.display())
+        }
+        Err(failure) => Ok(Err(failure)),
+    }
+}
+
+/// How an attachment has ended whose process is gone.
+fn ended_noted(
+    place: &Path,
+    flushed: std::result::Result<(), Failure>,
+    attachment: &Attachment,
+    note: &Path,
+) -> Ended {
+    match ended(place, flushed, Some((attachment.pid, attachment.started))) {
+        // A server that ends in order removes its file last.
+        Ended::Whole if note.exists() => Ended::Lost(format!(
+            "{}: process {} ended without its last flush; what was written since the last one may be lost",
+            place.display(),
+            attachment.pid
+        )),
+        ended => ended,
+    }
+}
+
+fn ended(place: &Path, flushed: std::result::Result<(), Failure>, server: Option<(u32, u64)>) -> Ended {
+    let reported = server.and_then(|(pid, started)| end_report::take(pid, started));
+    match (reported, flushed) {
+        (None, Ok(())) => Ended::Whole,
+        (Some(why), _) => Ended::Lost(lost(place, &why)),
+        (None, Err(failure)) => Ended::Lost(lost(place, &failure)),
+    }
+}
+
+fn lost(place: &Path, why: &dyn std::fmt::Display) -> String {
+    let place = place.display();
+    format!(
+        "{place}: has ended, but its last flush failed: {why}; what was written since the last one may be lost"
+    )
+}
+
+/// Clears what a dead process has left.
+fn clear(attachment: &Attachment, note: &Path, force: bool) -> Result<()> {
+    let devices: Vec<PathBuf> = attachment.devices();
+    for device in &devices {
+        ensure!(
+            force || !lasts(LOOKERS, || in_use(device)),
+            "{}: is in use ({}); end that first, or add --force",
+            device.display(),
+            describe_use(device)
+        );
+        detach_loop(device).with_context(|| format!("{}: cannot detach it", device.display()))?;
+    }
+    if attachment.is_mounted() {
+        unmount(&attachment.file, true)?;
+    }
+    attachment.forget(note);
+    Ok(())
 }
 
 fn unmount(path: &Path, lazily: bool) -> Result<()> {
@@ -105,14 +280,14 @@ fn unmount(path: &Path, lazily: bool) -> Result<()> {
         Unmounted::Busy => bail!(
             "{}: is in use by {}; end that first, or add --force",
             path.display(),
-            fuse::describe_users(path)
+            fuse::describe_users(path, None)
         ),
     }
 }
 
 /// Asks the server to end, and waits for that. With `force` it is asked a second time where its device is in use: that ends
 /// it all the same, but would cut short the end of one that is free.
-fn end(attachment: &Attachment, force: bool) -> Result<()> {
+fn stop(attachment: &Attachment, force: bool) -> Result<()> {
     let ask = || match attachment.process() {
         Some(process) => kill_process(process, Signal::TERM)
             .with_context(|| format!("cannot end process {}", attachment.pid)),

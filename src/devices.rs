@@ -1,11 +1,13 @@
 //! `nbdbridge devices`: what is attached on this host, as a table.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::attachment::Attachment;
+use crate::attachment::{Attachment, is_stopped};
 use crate::cli::DevicesArgs;
+use crate::fuse::{self, Answer, Mounted};
 use crate::{size, ublk};
 
 /// The table's head, and each row's cells.
@@ -25,7 +27,9 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             let head = ["PATH", "DOOR", "SIZE", "STATE", "PID", "RECOVERABLE", "SOURCE"].map(str::to_owned);
             let mut rows: Vec<Row> = vec![head];
             rows.extend(ublk::devices()?);
-            rows.extend(Attachment::all().iter().map(|(attachment, _)| row(attachment)));
+            let all = Attachment::all();
+            rows.extend(all.iter().map(|(attachment, _)| row(attachment)));
+            rows.extend(unknown(&all));
             if rows.len() == 1 {
                 eprintln!("nothing is attached");
                 return Ok(());
@@ -41,20 +45,62 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
 
 fn row(attachment: &Attachment) -> Row {
     let path = attachment.device.as_ref().unwrap_or(&attachment.file);
-    let state = match (attachment.is_alive(), attachment.read_only) {
-        (false, _) => "dead",
-        (true, true) => "read-only",
-        (true, false) => "serving",
-    };
     [
         path.display().to_string(),
         if attachment.device.is_some() { "loop" } else { "fuse" }.to_owned(),
         size::human(attachment.size),
-        state.to_owned(),
+        state(attachment).to_owned(),
         attachment.pid.to_string(),
         "no".to_owned(),
         attachment.source.clone(),
     ]
+}
+
+/// The state of an attachment in a word.
+fn state(attachment: &Attachment) -> &'static str {
+    if !attachment.is_alive() {
+        return "dead";
+    }
+    if is_stopped(attachment.pid) {
+        return "stopped";
+    }
+    let is_there = match &attachment.device {
+        // The kernel knows the device by the file; where that was unmounted, the device is served all the same.
+        Some(_) => !attachment.devices().is_empty(),
+        None => attachment.is_mounted(),
+    };
+    match (is_there, attachment.read_only) {
+        (true, true) => "read-only",
+        (true, false) => "serving",
+        (false, _) if attachment.number.is_none() => "starting",
+        (false, _) if attachment.device.is_some() => "detached",
+        // Whoever had it open goes on.
+        (false, _) => "unmounted",
+    }
+}
+
+/// Mounted files of which nothing is written down: those of other users, and of servers that could not write.
+fn unknown(known: &[(Attachment, PathBuf)]) -> Vec<Row> {
+    let mut mounts = Mounted::all().unwrap_or_default();
+    mounts.retain(|mounted| {
+        mounted.is_ours() && !known.iter().any(|(attachment, _)| attachment.file == mounted.point)
+    });
+    // All at once: each that does not answer takes its time.
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        let asked: Vec<_> = mounts.iter().map(|mounted| scope.spawn(|| fuse::ask(&mounted.point))).collect();
+        asked.into_iter().map(|asked| asked.join().unwrap_or(Answer::Silent)).collect()
+    });
+    let row = |(mounted, answer): (Mounted, Answer)| {
+        let state = match answer {
+            Answer::Lives => "serving",
+            Answer::Dead => "dead",
+            Answer::Silent => "silent",
+        };
+        let source = mounted.source.to_string_lossy().into_owned();
+        let path = mounted.point.display().to_string();
+        [path, "fuse".into(), "-".into(), state.into(), "-".into(), "no".into(), source]
+    };
+    mounts.into_iter().zip(answers).map(row).collect()
 }
 
 /// Columns as wide as their widest cell; the last one ends where it ends.

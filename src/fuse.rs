@@ -32,8 +32,8 @@ mod slow;
 mod translate;
 mod users;
 
-pub(crate) use door::FuseDoor;
+pub(crate) use door::{FuseDoor, note, shown};
 pub(crate) use mount::{Unmounted, unmount};
 pub(crate) use mounts::Mounted;
-pub(crate) use point::{Made, clear_dead, is_dead, resolve};
+pub(crate) use point::{Answer, Made, ask, clear_dead, kind, look, resolve};
 pub(crate) use users::describe as describe_users;

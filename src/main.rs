@@ -12,7 +12,9 @@ mod daemon;
 mod detach;
 mod devices;
 mod door;
+mod end_report;
 mod fuse;
+mod helper;
 mod info;
 mod io_flusher;
 mod net;
@@ -69,6 +71,7 @@ fn run(action: Action) -> Result<ExitCode> {
             cli::logging::init(0)?;
             volume::command::run(&action).map(|()| ExitCode::SUCCESS)
         }
+        Action::Helper(words) => helper::run_task(&words),
         Action::GuardFrozen { point, limit } => {
             volume::freeze::guard(&point, limit).map(|()| ExitCode::SUCCESS)
         }

@@ -29,7 +29,7 @@ use crate::daemon::{self, Forked, Ready};
 use crate::door::{self, Door, Site};
 use crate::pid_file::PidFile;
 use crate::stop::Stop;
-use crate::{assemble, control, systemd};
+use crate::{assemble, control, detach, end_report, systemd};
 
 /// Time for the last flush where the doors took all the time there was, or the end is forced.
 const LAST_FLUSH: Duration = Duration::from_secs(2);
@@ -53,7 +53,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<ExitCode> {
 /// # Errors
 /// As [`daemon::fork`].
 pub(crate) fn start(process: &ProcessArgs) -> Result<Forked> {
-    if process.fork { daemon::fork(process.verbose > 0) } else { Ok(Forked::Child(Ready::foreground())) }
+    if !process.fork {
+        return Ok(Forked::Child(Ready::foreground()));
+    }
+    daemon::fork(process.verbose > 0, |child| detach::sweep(|attachment| attachment.pid == child))
 }
 
 /// Serves until told to stop, in a process that has gone to the background where it should.
@@ -95,9 +98,14 @@ pub(crate) fn run_ready(args: &ServeArgs, ready: Ready) -> Result<ExitCode> {
         };
         // However it went, what was opened is closed in good order. Without systemd there is nobody to tell.
         let _ = systemd::notify("STOPPING=1");
-        let all_well = server.end(&mut stop).await;
+        let failed = server.end(&mut stop).await;
         drop(control);
-        served.map(|()| if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        if let Some(why) = &failed
+            && args.doors.iter().any(DoorArgs::is_local)
+        {
+            end_report::write(why);
+        }
+        served.map(|()| if failed.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     drop(pid_file);
     // Workers may still hold a request that storage does not finish: ending must not wait for it.
@@ -224,64 +232,71 @@ impl Server<'_> {
         control::Site::new(exports, watches, self.workers.clone())
     }
 
-    /// Closes the doors, then flushes what came through them. Returns false where not everything went well.
-    async fn end(&self, stop: &mut Stop) -> bool {
+    /// Closes the doors, then flushes what came through them. Returns the first reason why data may be lost; None where
+    /// everything went well.
+    async fn end(&self, stop: &mut Stop) -> Option<String> {
         let doors = self.doors();
         tokio::select! {
-            all_well = self.drain(&doors) => return all_well,
+            failed = self.drain(&doors) => return failed,
             () = stop.second() => tracing::warn!("told again to stop: ending at once"),
         }
         let cut = async {
             // Nothing is answered after the flush.
             all(doors.iter().map(|door| door.cut()).collect()).await;
-            self.flush(Instant::now() + LAST_FLUSH).await;
+            // Logged.
+            let _ = self.flush(Instant::now() + LAST_FLUSH).await;
         };
         tokio::select! {
             () = cut => {}
             () = stop.wait() => tracing::error!("told a third time to stop: what was not flushed may be lost"),
         }
-        false
+        Some("it was told again to stop, and ended at once".to_owned())
     }
 
-    async fn drain(&self, doors: &[Rc<dyn Door>]) -> bool {
+    async fn drain(&self, doors: &[Rc<dyn Door>]) -> Option<String> {
         let until = Instant::now() + self.args.process.drain_timeout;
         let drained = all(doors.iter().map(|door| door.drain()).collect()).await;
         let now = Instant::now();
         let until = if now < until { until } else { now + LAST_FLUSH };
-        let flushed = self.flush(until).await;
-        flushed && drained.into_iter().all(|well| well)
+        let cut = drained.contains(&false).then(|| "not all requests were finished in time".to_owned());
+        self.flush(until).await.err().or(cut)
     }
 
-    /// Flushes every export that can be written to. Returns false where one cannot be flushed.
-    async fn flush(&self, until: Instant) -> bool {
-        let flush = |export| Box::pin(flush(export, &self.workers, until)) as LocalFuture<'_, bool>;
-        all(self.exports.iter().map(flush).collect()).await.into_iter().all(|well| well)
+    /// Flushes every export that can be written to.
+    ///
+    /// # Errors
+    /// The first line that says why one cannot be flushed.
+    async fn flush(&self, until: Instant) -> Result<(), String> {
+        let flush =
+            |export| Box::pin(flush(export, &self.workers, until)) as LocalFuture<'_, Result<(), String>>;
+        all(self.exports.iter().map(flush).collect()).await.into_iter().collect()
     }
 }
 
-async fn flush(export: &Arc<Export>, workers: &Workers, until: Instant) -> bool {
+/// Flushes an export. The error is logged, too.
+async fn flush(export: &Arc<Export>, workers: &Workers, until: Instant) -> Result<(), String> {
     let caps = export.geometry().capabilities;
     if caps.contains(Capabilities::READ_ONLY) || !caps.contains(Capabilities::FLUSH) {
-        return true;
+        return Ok(());
     }
     let there = export.clone();
     let flushed = workers.run(workers.next(), move || async move {
         there.execute(Request::flush(), None, Instant::now()).await.map(|_| ())
     });
     match tokio::time::timeout_at(until.into(), flushed).await {
-        Ok(Some(Ok(()))) => true,
+        Ok(Some(Ok(()))) => Ok(()),
         Ok(Some(Err(error))) => {
             tracing::error!(export = export.name(), %error, "cannot flush");
-            false
+            Err(error.to_string())
         }
-        Ok(None) => false,
+        Ok(None) => Err("its worker has ended".to_owned()),
         Err(_) => {
             let name = export.name();
             tracing::error!(
                 export = name,
                 "cannot flush: no answer within --drain-timeout; what was not flushed may be lost"
             );
-            false
+            Err("no answer within --drain-timeout".to_owned())
         }
     }
 }

@@ -12,8 +12,14 @@ mod attach;
 mod data;
 #[path = "fuse/grow.rs"]
 mod grow;
+#[path = "fuse/killed.rs"]
+mod killed;
+#[path = "fuse/last_flush.rs"]
+mod last_flush;
 #[path = "fuse/life.rs"]
 mod life;
+#[path = "fuse/outside.rs"]
+mod outside;
 #[path = "fuse/programs.rs"]
 mod programs;
 #[path = "fuse/refusals.rs"]

@@ -8,6 +8,8 @@ mod support;
 
 #[path = "volume/crash.rs"]
 mod crash;
+#[path = "volume/ends.rs"]
+mod ends;
 #[path = "volume/hostile.rs"]
 mod hostile;
 #[path = "volume/life.rs"]

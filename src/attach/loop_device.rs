@@ -1,17 +1,20 @@
-//! Loop devices (linux/loop.h): set up over a file, told a new size, detached.
+//! Loop devices (linux/loop.h): set up over a file, told a new size, detached. Most of it waits for the file's server, and
+//! is for a helper process (see `helper`); what is not says so.
 //! A leaf file: the only `unsafe` is ioctl(2).
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::helper::{self, Task};
 use crate::ublk::openers;
 
 const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -24,6 +27,9 @@ const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// Somebody else may take the free device first; so often it is tried again.
 const ATTEMPTS: u32 = 32;
+
+/// A look at a device takes no longer, unless its server is stopped.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// struct loop_info64.
 #[repr(C)]
@@ -52,11 +58,10 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// A loop device of ours.
+/// A loop device that is detached when this is dropped.
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
     path: PathBuf,
-    attached: Cell<bool>,
 }
 
 impl LoopDevice {
@@ -76,7 +81,7 @@ impl LoopDevice {
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let device = open_device(&path, !read_only)?;
             match configure(&device, &backing, read_only) {
-                Ok(()) => return Ok(LoopDevice { path, attached: Cell::new(true) }),
+                Ok(()) => return Ok(LoopDevice { path }),
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("{}: cannot set it up", path.display()));
@@ -91,20 +96,16 @@ impl LoopDevice {
         &self.path
     }
 
-    /// Lets go of the file; where the device is in use, as soon as it is not. Once only.
-    pub(crate) fn detach(&self) {
-        if !self.attached.replace(false) {
-            return;
-        }
-        if let Err(error) = detach(&self.path) {
-            tracing::warn!("{}: cannot detach it: {error}", self.path.display());
-        }
+    /// Leaves the device attached.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
     }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        self.detach();
+        // A helper process has nobody to tell; what is left is found by its file.
+        let _ = detach(&self.path);
     }
 }
 
@@ -120,17 +121,38 @@ pub(crate) fn detach(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The file that a loop device stands upon.
+/// The file that a loop device stands upon, as the kernel tells it without asking the file's server; `/` where the file was
+/// unmounted meanwhile.
 pub(crate) fn backing_file(path: &Path) -> Option<PathBuf> {
-    let name = path.file_name()?.to_str()?;
-    let text = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()?;
-    Some(PathBuf::from(text.strip_suffix('\n').unwrap_or(&text)))
+    backing_of(path.file_name()?)
 }
 
-/// Whether somebody would be hurt by the device's end: it is mounted, swapped to, part of another device, or another
-/// process has it open.
+fn backing_of(name: &OsStr) -> Option<PathBuf> {
+    let text = fs::read(Path::new("/sys/block").join(name).join("loop/backing_file")).ok()?;
+    let text = text.strip_suffix(b"\n").unwrap_or(&text);
+    Some(PathBuf::from(OsString::from_vec(text.to_vec())))
+}
+
+/// The loop devices that stand upon `file`, as the kernel tells it without asking the file's server.
+pub(crate) fn loops_over(file: &Path) -> Vec<PathBuf> {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let names = devices.map(|device| device.file_name());
+    let upon_it = names.filter(|name| {
+        name.as_bytes().starts_with(b"loop") && backing_of(name).is_some_and(|backing| backing == file)
+    });
+    upon_it.map(|name| Path::new("/dev").join(name)).collect()
+}
+
+/// Words for the use of a block device whose end would give errors to somebody: it is mounted, swapped to, part of another
+/// device, or another process has it open. None for a device without such a use. For a helper process.
+pub(crate) fn uses(path: &Path) -> Option<String> {
+    (is_claimed(path) || !openers(path).is_empty()).then(|| describe_use(path))
+}
+
+/// Whether a block device is in use ([`uses`]). One that does not answer counts as used.
 pub(crate) fn in_use(path: &Path) -> bool {
-    is_claimed(path) || !openers(path).is_empty()
+    let uses = helper::run(&Task::Uses(path), ANSWER_LIMIT);
+    !matches!(uses, Ok(uses) if uses.is_empty())
 }
 
 fn is_claimed(path: &Path) -> bool {
@@ -138,7 +160,7 @@ fn is_claimed(path: &Path) -> bool {
     alone.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
-/// Words for that use.
+/// Words for that use, from /proc alone.
 pub(crate) fn describe_use(path: &Path) -> String {
     let mounts = crate::fuse::Mounted::all().unwrap_or_default();
     match mounts.iter().find(|mounted| Path::new(&mounted.source) == path) {
@@ -151,7 +173,7 @@ pub(crate) fn describe_use(path: &Path) -> String {
 }
 
 /// Makes a device as large as its file has become.
-pub(super) fn tell_size(device: &Path, file: &Path) -> io::Result<()> {
+pub(crate) fn tell_size(device: &Path, file: &Path) -> io::Result<()> {
     // The kernel believes the size that it has seen last: let it look.
     fs::metadata(file)?;
     ioctl(&File::open(device)?, LOOP_SET_CAPACITY, 0).map(drop)
@@ -200,7 +222,8 @@ mod tests {
     #[test]
     fn a_plain_file_is_no_device_in_use() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(!in_use(file.path()));
+        assert_eq!(uses(file.path()), None);
+        assert_eq!(loops_over(file.path()), Vec::<PathBuf>::new());
         assert_eq!(backing_file(file.path()), None);
         assert!(detach(file.path()).is_err());
     }

@@ -5,10 +5,11 @@
 //!   release:  unmounted; where it is in use: lazily, and its users have a while to finish
 //!   drain:    what is left of them is cut off when the process ends; serve.rs flushes
 //! ```
+//!
+//! All system calls on the mounted file are made by helper processes (see `helper`).
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,12 +24,14 @@ use super::attributes::Attributes;
 use super::file::DiskFile;
 use super::length::Length;
 use super::mount::{self, Unmounted, Wish};
-use super::point::{Point, unmount_path};
+use super::mounts::Mounted;
+use super::point::{Point, resolve};
 use super::users;
-use crate::attachment::{Attachment, StateFile};
+use crate::attachment::Note;
 use crate::cli::{FuseArgs, Source, UsageError};
 use crate::control::{Place, Watch};
 use crate::door::{Door, Site};
+use crate::helper::{self, Failure, Task};
 
 /// Bytes that requests which wait for storage may hold, all files of the process together.
 const MEMORY_BUDGET: u64 = 256 << 20;
@@ -39,6 +42,12 @@ const MAX_THREADS: usize = 4;
 /// A file that does not answer a first look within this time is not ready.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
+/// Unmounting ends within this time; fusermount3 may have to be waited for.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(20);
+
+/// A cut end waits for it no longer.
+const CUT_LIMIT: Duration = Duration::from_millis(500);
+
 /// How long a new size may be unknown to `nbdbridge devices`.
 const NOTE_AGAIN: Duration = Duration::from_millis(500);
 
@@ -47,16 +56,27 @@ pub(crate) struct FuseDoor {
     /// The name of what it serves.
     export: String,
     point: Point,
+    /// The device number of the mounted file system.
+    number: String,
     /// Turns true when the last thread has ended: the file is unmounted, and its last user gone.
     ended: watch::Receiver<bool>,
+    /// How often the file is open.
+    opened: watch::Receiver<u64>,
     /// The file cannot be found under its path any more.
     unmounted: Cell<bool>,
     drain_timeout: Duration,
-    /// What `nbdbridge devices` finds; gone with the door.
-    state: RefCell<Option<StateFile>>,
-    attachment: RefCell<Attachment>,
     /// The export's.
     size: watch::Receiver<u64>,
+    /// What `nbdbridge devices` finds; dropped last, when nothing is left to be found.
+    note: Note,
+}
+
+/// Writes down that the first export is about to be mounted at a file.
+pub(crate) fn note(file: &Path, site: &Site<'_>) -> Result<Note> {
+    let export = site.exports.first().context("there is no export")?;
+    let geometry = export.geometry();
+    let path = resolve(file).or_else(|_| std::path::absolute(file)).unwrap_or_else(|_| file.to_owned());
+    Ok(Note::begin(&shown(&site.args[0].source), &path, &geometry, geometry.read_only()))
 }
 
 impl FuseDoor {
@@ -65,6 +85,14 @@ impl FuseDoor {
     /// # Errors
     /// One line: no FUSE here, no permission, FILE is no place to mount at, an export that cannot be a file.
     pub(crate) async fn open(args: &FuseArgs, site: &Site<'_>) -> Result<Self> {
+        Self::open_noted(note(&args.file, site)?, args, site).await
+    }
+
+    /// As [`FuseDoor::open`], for a file that is written down.
+    ///
+    /// # Errors
+    /// As [`FuseDoor::open`]. Nothing is left of it then.
+    pub(crate) async fn open_noted(note: Note, args: &FuseArgs, site: &Site<'_>) -> Result<Self> {
         let export = site.exports.first().context("there is no export")?.clone();
         let geometry = export.geometry();
         ensure!(
@@ -80,24 +108,31 @@ impl FuseDoor {
             );
         }
         let size = export.watch_size();
-        let point = Point::prepare(&args.file)?;
+        let point = Point::prepare(&args.file, &|made| note.change(|attachment| attachment.made = made))?;
+        note.change(|attachment| attachment.file = point.path.clone());
         let source = shown(&site.args[0].source);
         let wish = Wish { source: &source, read_only, allow_other: args.allow_other };
         let device = mount::mount(&point.path, &wish)?;
-        let ended = start(device, args, site, export.clone(), &point).inspect_err(|_| {
+        let number = number_at(&point.path);
+        note.change(|attachment| {
+            attachment.number = Some(number.clone()).filter(|number| !number.is_empty())
+        });
+        let (tell_opened, opened) = watch::channel(0);
+        // Without its threads the mount is dead at once, and unmounting it asks nobody.
+        let ended = start(device, args, site, export.clone(), &point, tell_opened).inspect_err(|_| {
             // The first error is the one to tell.
-            let _ = unmount_path(&point.path);
+            let _ = mount::unmount(&point.path, true);
         })?;
-        let attachment = Attachment::new(&source, &point.path, point.made(), &geometry, read_only);
         let door = FuseDoor {
             export: export.name().to_owned(),
+            number,
             ended,
+            opened,
             unmounted: Cell::new(false),
             drain_timeout: site.process.drain_timeout,
-            state: RefCell::new(attachment.save()),
-            attachment: RefCell::new(attachment),
             size,
             point,
+            note,
         };
         if let Err(error) = look_at(&door.point.path, geometry.size).await {
             door.take_away().await;
@@ -106,21 +141,14 @@ impl FuseDoor {
         Ok(door)
     }
 
+    /// Tells `nbdbridge devices` that a block device stands upon the file.
+    pub(crate) fn note_device(&self, device: &Path) {
+        self.note.change(|attachment| attachment.device = Some(device.to_owned()));
+    }
+
     /// Where the file is: absolute, without symbolic links.
     pub(crate) fn path(&self) -> &Path {
         &self.point.path
-    }
-
-    /// Tells `nbdbridge devices` that a block device stands upon the file.
-    pub(crate) fn note_device(&self, device: &Path) {
-        self.note(|attachment| attachment.device = Some(device.to_owned()));
-    }
-
-    fn note(&self, change: impl FnOnce(&mut Attachment)) {
-        let mut attachment = self.attachment.borrow_mut();
-        change(&mut attachment);
-        self.state.replace(None);
-        self.state.replace(attachment.save());
     }
 
     /// Writes the size down as it changes; not more often than a person looks.
@@ -129,7 +157,7 @@ impl FuseDoor {
         while size.changed().await.is_ok() {
             tokio::time::sleep(NOTE_AGAIN).await;
             let now = *size.borrow_and_update();
-            self.note(|attachment| attachment.size = now);
+            self.note.change(|attachment| attachment.size = now);
         }
         std::future::pending().await
     }
@@ -139,17 +167,48 @@ impl FuseDoor {
         if self.unmounted.get() || *self.ended.borrow() {
             return Unmounted::Yes;
         }
-        let (path, aloud) = (self.point.path.clone(), self.attachment.borrow().device.is_none());
-        // fusermount3 may have to be waited for.
-        let done = tokio::task::spawn_blocking(move || take_away(&path, aloud)).await;
         self.unmounted.set(true);
-        match done {
-            Ok(Ok(unmounted)) => unmounted,
-            Ok(Err(error)) => {
-                tracing::warn!("{error:#}");
-                Unmounted::Busy
+        let first = self.unmount(false).await;
+        let unmounted = match first {
+            Ok(Unmounted::Busy) => {
+                if self.note.attachment().device.is_none() {
+                    tracing::warn!(
+                        "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
+                        self.point.path.display(),
+                        users::describe(&self.point.path, Some(&self.number))
+                    );
+                }
+                self.unmount(true).await.map(|_| Unmounted::Busy)
             }
-            Err(_) => Unmounted::Busy,
+            other => other,
+        };
+        unmounted.unwrap_or_else(|failure| {
+            tracing::warn!("{}: cannot be unmounted: {failure}", self.point.path.display());
+            Unmounted::Busy
+        })
+    }
+
+    async fn unmount(&self, lazily: bool) -> Result<Unmounted, Failure> {
+        let task = Task::Unmount { file: &self.point.path, number: &self.number, lazily };
+        match helper::run_apart(task, UNMOUNT_LIMIT).await {
+            Ok(answer) if answer == b"busy" => Ok(Unmounted::Busy),
+            Ok(_) => Ok(Unmounted::Yes),
+            // Better than to leave a dead mount: a lazy unmount does not wait for requests.
+            Err(Failure::NotStarted(error)) if number_at(&self.point.path) == self.number => {
+                tracing::debug!("no helper process: {error}");
+                mount::unmount(&self.point.path, true)
+                    .map_err(|error| Failure::Refused(None, format!("{error:#}")))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Waits until nobody has the file open any more.
+    pub(crate) async fn until_closed(&self) {
+        let mut opened = self.opened.clone();
+        if opened.wait_for(|count| *count == 0).await.is_err() {
+            // The threads have ended, which is another's business.
+            std::future::pending::<()>().await;
         }
     }
 
@@ -157,6 +216,19 @@ impl FuseDoor {
         let mut ended = self.ended.clone();
         // Whoever would tell is gone: that is an end, too.
         let _ = ended.wait_for(|ended| *ended).await;
+    }
+}
+
+impl Drop for FuseDoor {
+    /// Undoes a start that another step has cut short. After an end in good order there is nothing left to do.
+    fn drop(&mut self) {
+        if self.unmounted.get() || *self.ended.borrow() {
+            return;
+        }
+        let task = Task::Unmount { file: &self.point.path, number: &self.number, lazily: true };
+        if let Err(failure) = helper::run(&task, UNMOUNT_LIMIT) {
+            tracing::warn!("{}: cannot be unmounted: {failure}", self.point.path.display());
+        }
     }
 }
 
@@ -184,10 +256,9 @@ impl Door for FuseDoor {
 
     fn release(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
-            if self.take_away().await == Unmounted::Busy {
-                // Those who have it open are served until they close it.
-                let _ = tokio::time::timeout(self.drain_timeout, self.until_ended()).await;
-            }
+            self.take_away().await;
+            // Those who have it open are served until they close it; also where somebody else has unmounted it lazily.
+            let _ = tokio::time::timeout(self.drain_timeout, self.until_ended()).await;
         })
     }
 
@@ -197,7 +268,7 @@ impl Door for FuseDoor {
             // Without users the threads end at once.
             let gone = tokio::time::timeout(Duration::from_millis(500), self.until_ended()).await;
             if gone.is_err() {
-                let attachment = self.attachment.borrow();
+                let attachment = self.note.attachment();
                 let path = attachment.device.as_ref().unwrap_or(&self.point.path);
                 tracing::warn!("{}: still in use: its users get an error from now on", path.display());
             }
@@ -207,7 +278,7 @@ impl Door for FuseDoor {
 
     fn cut(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
-            self.take_away().await;
+            let _ = tokio::time::timeout(CUT_LIMIT, self.take_away()).await;
         })
     }
 }
@@ -219,6 +290,7 @@ fn start(
     site: &Site<'_>,
     export: Arc<Export>,
     point: &Point,
+    opened: watch::Sender<u64>,
 ) -> Result<watch::Receiver<bool>> {
     let account = Budget::new(MEMORY_BUDGET).open_account().context("no memory for requests")?;
     let threads = args.threads.unwrap_or_else(default_threads).max(1);
@@ -233,6 +305,7 @@ fn start(
         growable: args.growable,
         length: if shrinks { Length::may_shrink() } else { Length::default() },
         blocks: Arc::new(RwLock::new(())),
+        opened,
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -258,44 +331,33 @@ fn default_threads() -> usize {
 }
 
 /// What is served, as it is shown to people: a path in full.
-fn shown(source: &Source) -> OsString {
+pub(crate) fn shown(source: &Source) -> OsString {
     match source {
         Source::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).into(),
         other => other.to_string().into(),
     }
 }
 
-/// Opens the file as a program would. Not on this thread: where something is wrong, it waits.
+/// The device number of our file system that is mounted at a path; empty where none is seen there.
+fn number_at(path: &Path) -> String {
+    let mut mounted = Mounted::at(path).unwrap_or_default();
+    mounted.retain(Mounted::is_ours);
+    mounted.pop().map(|mounted| mounted.device).unwrap_or_default()
+}
+
+/// Opens the file as a program would.
 async fn look_at(path: &Path, size: u64) -> Result<()> {
     let shown = path.display();
-    let path = path.to_owned();
-    let look = tokio::task::spawn_blocking(move || File::open(path)?.metadata());
-    match tokio::time::timeout(FIRST_LOOK, look).await {
-        Ok(Ok(Ok(found))) => {
+    match helper::run_apart(Task::Open(path), FIRST_LOOK).await {
+        Ok(length) => {
+            let length = std::str::from_utf8(&length).ok().and_then(|length| length.parse::<u64>().ok());
             ensure!(
-                found.is_file() && found.len() >= size,
+                length.is_some_and(|length| length >= size),
                 "{shown}: is mounted, but does not show up there; is it hidden by another mount?"
             );
             Ok(())
         }
-        Ok(Ok(Err(error))) => {
-            Err(error).with_context(|| format!("{shown}: is mounted, but cannot be opened"))
-        }
-        Ok(Err(_)) | Err(_) => bail!("{shown}: is mounted, but does not answer"),
+        Err(Failure::Silent(_)) => bail!("{shown}: is mounted, but does not answer"),
+        Err(failure) => bail!("{shown}: is mounted, but cannot be opened: {failure}"),
     }
-}
-
-fn take_away(path: &Path, aloud: bool) -> Result<Unmounted> {
-    let unmounted = mount::unmount(path, false)?;
-    if unmounted == Unmounted::Busy {
-        if aloud {
-            tracing::warn!(
-                "{}: is in use by {}; nobody else can open it from now on, and it ends when they have closed it",
-                path.display(),
-                users::describe(path)
-            );
-        }
-        mount::unmount(path, true)?;
-    }
-    Ok(unmounted)
 }

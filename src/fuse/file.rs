@@ -16,7 +16,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, watch};
 
 use super::attributes::{Attributes, Change};
 use super::length::Length;
@@ -52,6 +52,8 @@ pub(super) struct DiskFile {
     pub(super) length: Length,
     /// Held by whoever writes part of a block, and shared by those who write whole ones; see `slow`.
     pub(super) blocks: Arc<RwLock<()>>,
+    /// How often the file is open.
+    pub(super) opened: watch::Sender<u64>,
 }
 
 /// How much of a write there is room for.
@@ -146,7 +148,22 @@ impl Filesystem for DiskFile {
         let how = FopenFlags::FOPEN_DIRECT_IO
             | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             | FopenFlags::FOPEN_NOFLUSH;
+        self.opened.send_modify(|count| *count += 1);
         reply.opened(FileHandle(0), how);
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.opened.send_modify(|count| *count = count.saturating_sub(1));
+        reply.ok();
     }
 
     fn read(

@@ -36,6 +36,9 @@ pub(crate) enum Error {
     /// What is on the disk is not what it should be.
     #[error("{0}")]
     Broken(String),
+    /// It has ended as was asked, but its last flush failed: what was written since the last one may be lost.
+    #[error("{0}")]
+    Lost(String),
     /// All else; the operating system's errors among them.
     #[error("{0:#}")]
     Other(anyhow::Error),

@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 
 use super::filesystem::{Check, Verdict};
-use super::plane::{Life, Plane};
+use super::plane::{self, Life, Plane};
 use super::private;
 use super::runtime::State;
-use super::{Error, FsKind, Name, Pool, Progress, Result, Volume, holders};
+use super::{Error, FsKind, Name, Pool, Progress, Record, Result, Volume, holders};
+use crate::detach::Ended;
 use crate::fuse::{self, Mounted, Unmounted};
+use crate::helper::{self, Failure, Task};
 use crate::patience::lasts;
 
 /// So long is waited for others to let go of a device: a container that starts has a copy of every mount at first.
@@ -26,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// And so long to close files: a process that was killed takes a moment to, and so does a child between fork and exec.
 const FILES_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Time to write what is dirty before it is unmounted.
+const FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
 /// Of one device at one path, one above the other.
 const MOST_MOUNTS: usize = 100;
@@ -49,7 +54,8 @@ impl Pool {
     /// Takes one use of `holder`'s away, if he has any; without holders the volume is unmounted, and its data plane ends.
     ///
     /// # Errors
-    /// [`Error::InUse`]: a process has files open there; the holder keeps his use.
+    /// [`Error::InUse`]: a process has files open there; the holder keeps his use. [`Error::Lost`]: the volume is
+    /// unmounted, and its last flush failed.
     pub(crate) fn unmount(&self, name: &Name, holder: &str) -> Result<()> {
         let mut volume = self.volume(name)?;
         let mut state = volume.state()?;
@@ -79,8 +85,21 @@ impl Pool {
     /// # Errors
     /// Not found.
     pub(crate) fn path(&self, name: &Name) -> Result<Option<PathBuf>> {
-        self.folder_of(name)?;
-        Ok(self.state(name)?.mounted)
+        let fs = Record::read(&self.folder_of(name)?, name)?.fs;
+        let state = self.state(name)?;
+        Ok(state.mounted.clone().filter(|path| state.is_mounted(fs, path)))
+    }
+}
+
+impl State {
+    /// Whether the device is mounted at this very path now, whatever is written down.
+    pub(super) fn is_mounted(&self, fs: FsKind, path: &Path) -> bool {
+        let Some(plane) = &self.plane else { return false };
+        if fs == FsKind::None {
+            return path == plane.device;
+        }
+        let all = Mounted::at(path).unwrap_or_default();
+        all.last().is_some_and(|mounted| Path::new(&mounted.source) == plane.device)
     }
 }
 
@@ -165,12 +184,7 @@ impl Volume<'_> {
 
     /// Whether its device is mounted at this very path.
     pub(super) fn is_mounted(&self, state: &State, path: &Path) -> bool {
-        let Some(plane) = &state.plane else { return false };
-        if self.record.fs == FsKind::None {
-            return path == plane.device;
-        }
-        let all = Mounted::at(path).unwrap_or_default();
-        all.last().is_some_and(|mounted| Path::new(&mounted.source) == plane.device)
+        state.is_mounted(self.record.fs, path)
     }
 
     /// Starts the data plane, where there is none; gives the device.
@@ -207,15 +221,20 @@ impl Volume<'_> {
     /// Unmounts and ends all that is there of the volume; `force` although it is in use.
     ///
     /// # Errors
-    /// [`Error::InUse`]: a process has files open there. Nothing has changed then.
+    /// [`Error::InUse`]: a process has files open there. Nothing has changed then. [`Error::Lost`]: it has ended.
     pub(super) fn take_down(&mut self, state: &mut State, force: bool) -> Result<()> {
-        // Only who was mounted and is unmounted whole is clean: what was not even looked at stays as unclean as it was.
-        let mut clean = false;
+        // Only who was mounted and is unmounted whole is clean: what was not even looked at stays as unclean as it was. Who
+        // unmounted it is not important.
+        let mut clean = state.mounted.is_some() && state.plane.is_some() && !force;
+        let mut lost = None;
         if self.record.fs != FsKind::None {
             // It may be mounted, and that not be written down yet.
             let path = state.mounted.clone().unwrap_or_else(|| self.pool.runtime().mount_point(&self.name));
             let until = Instant::now() + FILES_PATIENCE;
             let mut unmounted = 0;
+            if !force && self.is_mounted(state, &path) {
+                lost = self.flush(state, &path)?;
+            }
             while self.is_mounted(state, &path) {
                 if unmounted > MOST_MOUNTS {
                     return Err(Error::Other(anyhow!(
@@ -227,7 +246,7 @@ impl Volume<'_> {
                 let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
                 match fuse::unmount(&path, force || dead)? {
                     Unmounted::Yes => {
-                        clean = !force && !dead;
+                        clean &= !dead;
                         unmounted += 1;
                     }
                     Unmounted::Busy if Instant::now() < until => {
@@ -238,7 +257,7 @@ impl Volume<'_> {
                             "volume `{}` is in use: files in {} are open in {}; end that first",
                             self.name,
                             path.display(),
-                            fuse::describe_users(&path)
+                            fuse::describe_users(&path, None)
                         )));
                     }
                 }
@@ -256,16 +275,25 @@ impl Volume<'_> {
                 // Somebody else's mount: whoever looks after it has ended it next.
                 tracing::warn!("volume `{}`: stays attached, {}", self.name, plane.describe_use());
                 state.mounted = None;
-                return self.save_state(state);
+                self.save_state(state)?;
+                return lost.map_or(Ok(()), |line| Err(Error::Lost(line)));
             }
             let stopped = plane.stop(force).map_err(|error| match plane.is_in_use() {
                 true => Error::InUse(format!("volume `{}` is in use: {error:#}", self.name)),
                 false => Error::Other(error),
             });
-            stopped?;
+            if let Ended::Lost(line) = stopped? {
+                lost = Some(format!("volume `{}`: {line}", self.name));
+            }
+        }
+        if let Ok(source) = self.source() {
+            plane::sweep(&source);
         }
         state.detached();
         self.save_state(state)?;
+        if let Some(line) = lost.filter(|_| !force) {
+            return Err(Error::Lost(line));
+        }
         if clean && self.record.unclean {
             self.record.unclean = false;
             if let Err(error) = self.save() {
@@ -274,6 +302,28 @@ impl Volume<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Writes what is dirty through the data plane. A line where that fails: the volume can be unmounted all the same.
+    ///
+    /// # Errors
+    /// One line: the data plane does not answer. Nothing has changed then.
+    fn flush(&self, state: &State, path: &Path) -> Result<Option<String>> {
+        if state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead) {
+            return Ok(None);
+        }
+        match helper::run(&Task::Flush(path), FLUSH_LIMIT) {
+            Ok(_) | Err(Failure::NotStarted(_)) => Ok(None),
+            Err(Failure::Silent(limit)) => Err(Error::Other(anyhow!(
+                "volume `{}`: its data is not written within {limit:?}, and it stays mounted; is its data plane stopped?",
+                self.name
+            ))),
+            Err(failure) => Ok(Some(format!(
+                "volume `{}`: is unmounted, but its last flush failed: {failure}; what was written since the last one \
+                 may be lost",
+                self.name
+            ))),
+        }
     }
 
     /// All that a file system needs before it is mounted: a check where it was not clean, an identity of its own, and

@@ -2,7 +2,7 @@
 //! program's own `attach`, in a session (and under systemd in a scope) of its own, so that it outlives whoever started
 //! it, and is found again by what it serves.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use super::options::DiskFormat;
 use super::{DoorChoice, Name, Provision, Record};
-use crate::attach::{backing_file, describe_use, detach_loop, in_use};
+use crate::attach::{backing_file, describe_use, detach as detach_loop, in_use};
 use crate::attachment::{Attachment, started};
-use crate::cli::{DetachArgs, parse_source};
+use crate::cli::parse_source;
 use crate::control::{self, Served};
-use crate::detach;
+use crate::detach::{self, Ended};
+use crate::fuse;
 use crate::ublk::{self, Server};
 
 /// A device that has just been unmounted may be looked at by others for a moment.
@@ -180,30 +181,50 @@ impl Plane {
         describe_use(&self.device)
     }
 
-    /// Ends it: what was written is durable then. With `force` although it is in use, or dead.
+    /// Ends it, and tells whether what was written is durable. With `force` although it is in use, or dead.
     ///
     /// # Errors
-    /// One line.
-    pub(super) fn stop(&self, force: bool) -> Result<()> {
+    /// One line; it may not have ended.
+    pub(super) fn stop(&self, force: bool) -> Result<Ended> {
+        let mut how = Ended::Whole;
         let until = Instant::now() + PATIENCE;
         loop {
             let ended = match self.server() {
                 Some(server) => {
                     let force = force || !server.live && ublk_name(&self.device).is_none();
-                    detach::run(&DetachArgs { target: self.device.clone(), force })
+                    detach::end(&self.device, force)
                 }
                 // The device is not ours any more, and may be another one's; our image is, as long as the process is there.
                 None if self.is_running() => Err(anyhow!("process {} does not end", self.pid)),
-                None if self.is_left() => detach_loop(&self.device).context("a device without a file"),
-                None => Ok(()),
+                None if self.is_left() => {
+                    detach_loop(&self.device).map(|()| Ended::Whole).context("a device without a file")
+                }
+                None => Ok(Ended::Whole),
             };
             match ended {
                 Err(error) if Instant::now() >= until => return Err(error),
-                Ok(()) if !self.is_running() || Instant::now() >= until => return Ok(()),
-                _ => std::thread::sleep(Duration::from_millis(20)),
+                Ok(ended) => {
+                    if let Ended::Lost(_) = ended {
+                        how = ended;
+                    }
+                    if !self.is_running() || Instant::now() >= until {
+                        return Ok(how);
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         }
     }
+}
+
+/// Clears what data planes of `source` have left that were killed, also before anybody knew of their device.
+pub(super) fn sweep(source: &OsStr) {
+    let shown = match parse_source(source.to_owned()) {
+        Ok(source) => fuse::shown(&source),
+        Err(_) => return,
+    };
+    detach::sweep(|attachment| *attachment.source == *shown.to_string_lossy());
 }
 
 /// Who serves the device of this path, and since when.
@@ -212,14 +233,11 @@ fn server(device: &Path) -> Option<Server> {
         return ublk::server(name);
     }
     // What is written down of a device may be of an earlier one: the file that it stands upon now tells.
-    let file = backing_file(device)?;
-    let is_it =
-        |attachment: &Attachment| attachment.device.as_deref() == Some(device) && attachment.file == file;
-    let (attachment, _) = Attachment::all().into_iter().find(|(attachment, _)| is_it(attachment))?;
+    let (attachment, _) = Attachment::of_device(device)?;
     Some(Server {
         pid: attachment.pid,
         live: attachment.is_alive(),
-        mark: format!("{} {}", file.display(), attachment.started),
+        mark: format!("{} {}", attachment.file.display(), attachment.started),
     })
 }
 

@@ -21,6 +21,7 @@ use super::runtime::{Runtime, State};
 use super::space::Settings;
 use super::{Error, Name, Pending, Record, Result};
 use crate::beneath::{Entry, Folder};
+use crate::detach;
 
 /// The file that makes a folder a pool. No volume can have this name.
 const FILE: &str = ".pool.json";
@@ -232,6 +233,8 @@ impl Pool {
     /// Undoes or finishes what was cut short. What somebody works on is left to them, and what fails to the next time.
     fn converge(&self) -> Result<()> {
         self.sweep()?;
+        let folder = self.folder();
+        detach::sweep(|attachment| Path::new(&attachment.source).starts_with(folder));
         for (name, record) in self.all()? {
             if let Ok(Record { pending: Some(_), .. }) = record {
                 self.converge_one(&name);

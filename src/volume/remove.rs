@@ -8,7 +8,7 @@ use anyhow::Context;
 use rustix::fs::{FileType, FlockOperation, flock};
 
 use super::options::DiskFormat;
-use super::plane::Plane;
+use super::plane::{self, Plane};
 use super::pool::{GONE, NEW};
 use super::runtime::State;
 use super::{Error, Name, Pool, Result, Volume};
@@ -39,7 +39,11 @@ impl Pool {
         }
         state.holders.clear();
         state.recent.clear();
-        volume.take_down(&mut state, force)?;
+        match volume.take_down(&mut state, force) {
+            // Nobody asks for the data of what is removed.
+            Err(Error::Lost(_)) => {}
+            other => other?,
+        }
         volume.refuse_if_used(&state)?;
         volume.bury()
     }
@@ -63,7 +67,11 @@ impl Pool {
             plane = disks.into_iter().find_map(|disk| Plane::find(&disk.into_os_string(), false, &[]));
         }
         if let Some(plane) = plane {
-            plane.stop(true)?;
+            // Nobody asks for the data of what is removed.
+            let _ = plane.stop(true)?;
+        }
+        for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+            plane::sweep(self.folder().join(name).join(format.disk_name()).as_os_str());
         }
         self.runtime().write(name, &State::default())?;
         self.bury(name, folder)

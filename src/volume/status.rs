@@ -1,6 +1,7 @@
 //! What a person or an engine is told of a volume.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -54,8 +55,12 @@ impl Pool {
         let record = Record::read(&folder, name)?;
         let state = self.state(name)?;
         let plane = state.plane.as_ref();
-        let health = health(&record, &state);
-        let of_fs = state.mounted.as_deref().filter(|_| record.fs != FsKind::None && health.is_served());
+        let mounted = state.mounted.clone().filter(|path| state.is_mounted(record.fs, path));
+        let health = match lost_disk(&record, &folder) {
+            Some(line) => Health::Bad(line),
+            None => health(name, &record, &state, mounted.as_deref()),
+        };
+        let of_fs = mounted.as_deref().filter(|_| record.fs != FsKind::None && health.is_served());
         Ok(Status {
             name: name.clone(),
             created: record.created,
@@ -67,7 +72,7 @@ impl Pool {
             door: plane.map(|plane| plane.door()),
             guarantee: plane.map(|plane| plane.guarantee()),
             device: plane.map(|plane| plane.device.clone()),
-            mounted: state.mounted.clone(),
+            mounted,
             holders: state.holders.clone(),
             limits: record.limits.settings().into_iter().collect(),
             parent: record.parent,
@@ -85,16 +90,42 @@ impl Health {
     }
 }
 
-fn health(record: &Record, state: &State) -> Health {
-    let life = state.plane.as_ref().map(|plane| plane.life());
+/// A line for a volume whose disk is not what was made; None for one that is well, and for a remote disk.
+fn lost_disk(record: &Record, folder: &Folder) -> Option<String> {
+    let name = record.disk_name()?;
+    let shown = folder.path().join(name);
+    let shown = shown.display();
+    let length = match folder.file(name).and_then(|disk| disk.metadata()) {
+        Ok(found) => found.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Some(format!("its disk {shown} is gone; restore it, or remove the volume with --force"));
+        }
+        Err(error) => return Some(format!("its disk {shown} cannot be looked at: {error}")),
+    };
+    let is_whole =
+        record.format != Some(DiskFormat::Raw) || record.pending.is_some() || length >= record.size;
+    (!is_whole).then(|| format!("its disk {shown} is cut short: it has {length} of {} bytes", record.size))
+}
+
+fn health(name: &Name, record: &Record, state: &State, mounted: Option<&Path>) -> Health {
+    let plane = state.plane.as_ref();
     let bad = |line: &str| Health::Bad(line.to_owned());
-    match (life, &record.pending) {
+    match (plane.map(|plane| (plane, plane.life())), &record.pending) {
         (_, Some(pending)) => Health::Bad(pending.to_string()),
-        (Some(Life::Dead), _) => {
+        (Some((_, Life::Dead)), _) => {
             bad("its data plane has died, and its users get I/O errors; end them and mount it again")
         }
-        (Some(Life::Recovers), _) => bad("its data plane has died, and another one is about to take over"),
-        (Some(Life::Serves), _) => Health::Ok,
+        (Some((_, Life::Recovers)), _) => {
+            bad("its data plane has died, and another one is about to take over")
+        }
+        (Some((plane, Life::Serves)), _) if state.mounted.is_some() && mounted.is_none() => {
+            let used = plane.is_in_use().then(|| format!(", but is in use ({})", plane.describe_use()));
+            Health::Bad(format!(
+                "was unmounted by somebody else{}; mount it again, or end it: nbdbridge volume umount {name}",
+                used.unwrap_or_default()
+            ))
+        }
+        (Some((_, Life::Serves)), _) => Health::Ok,
         (None, _) if record.unclean => bad("was not unmounted; it is checked before it is mounted next"),
         (None, _) => Health::Ok,
     }

@@ -1,0 +1,174 @@
+//! The end of a volume that does not go as it should: its last flush fails, its data plane is killed while it comes up, it
+//! is unmounted by hand, its disk is gone.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::mount::run;
+use crate::support::{PROGRAM, Server, eventually};
+use crate::world::{World, skip};
+
+fn record(world: &World, name: &str) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(world.volume(name).join("volume.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn an_unmount_whose_last_flush_fails_tells() {
+    if skip("an_unmount_whose_last_flush_fails_tells", &[]) {
+        return;
+    }
+    let world = World::new();
+    let (disk, socket) = (world.join("remote.img"), world.join("remote.sock"));
+    File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    let words = ["-f", "raw", "-k", socket.to_str().unwrap()];
+    let server =
+        Server::start(&mut crate::support::net(&[&[disk.to_str().unwrap()], &words[..]].concat()), 1);
+    world.ok(&format!("create a -o source=nbd+unix:///?socket={} -o door=fuse", socket.display()));
+    let point = world.mount("a");
+    fs::write(point.join("kept"), "durable").unwrap();
+    File::open(&point).unwrap().sync_all().unwrap();
+    run("sync", &[&"-f", &point]);
+    // From now on no flush succeeds.
+    server.stop();
+    let fault = ["--fault", "op=flush,errno=EIO,error-every=1"];
+    let all = [&[disk.to_str().unwrap()], &words[..], &fault].concat();
+    let server = Server::start(&mut crate::support::net(&all), 1);
+    fs::write(point.join("lost"), "perhaps").unwrap();
+    let line = world.fails("umount a", 1);
+    assert!(line.contains("volume `a`") && line.contains("last flush failed"), "{line}");
+    assert_eq!(record(&world, "a")["unclean"], true, "it is checked before it is mounted next");
+    world.assert_idle();
+    // Its own last flush fails, too.
+    drop(server);
+    let server =
+        Server::start(&mut crate::support::net(&[&[disk.to_str().unwrap()], &words[..]].concat()), 1);
+    assert_eq!(fs::read(world.mount("a").join("kept")).unwrap(), b"durable");
+    world.ok("umount a");
+    assert_eq!(record(&world, "a")["unclean"], false);
+    server.stop();
+}
+
+/// All that the data plane has made, in whatever step it is killed, is gone after the next command.
+#[test]
+fn planes_are_killed_while_they_come_up() {
+    if skip("planes_are_killed_while_they_come_up", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=32M -o door=fuse");
+    let disk = world.volume("a").join("disk.raw");
+    for round in 0..16_u64 {
+        let mut mount = world.command(&["volume", "mount", "a"]);
+        let mut mount = mount.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        while world.planes().is_empty() && mount.try_wait().unwrap().is_none() && Instant::now() < until {}
+        std::thread::sleep(Duration::from_millis(round * 3));
+        for plane in world.planes() {
+            let _ = kill_process(Pid::from_raw(plane.cast_signed()).unwrap(), Signal::KILL);
+        }
+        mount.wait().unwrap();
+        // Whatever came of it.
+        world.call("umount a");
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains(disk.to_str().unwrap()), "round {round}: {mounts}");
+        let listed = run(PROGRAM, &[&"devices"]);
+        assert!(!listed.contains(disk.to_str().unwrap()), "round {round}: {listed}");
+    }
+    world.mount("a");
+    world.ok("umount a");
+    world.ok("rm a");
+    world.assert_idle();
+}
+
+/// What is left of a plane whose volume nobody mounts again goes with any command on the pool.
+#[test]
+fn what_a_killed_plane_has_left_is_swept() {
+    if skip("what_a_killed_plane_has_left_is_swept", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=32M");
+    let disk = world.volume("a").join("disk.raw");
+    let output =
+        world.command(&["attach", "--door", "fuse", "-f", "raw", disk.to_str().unwrap()]).output().unwrap();
+    let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+    for plane in world.planes() {
+        kill_process(Pid::from_raw(plane.cast_signed()).unwrap(), Signal::KILL).unwrap();
+    }
+    eventually("it is gone", || world.planes().is_empty());
+    world.ok("ls");
+    let name = device.file_name().unwrap().to_str().unwrap();
+    assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
+    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(disk.to_str().unwrap()));
+}
+
+#[test]
+fn what_is_said_of_a_volume_that_was_unmounted_by_hand() {
+    if skip("what_is_said_of_a_volume_that_was_unmounted_by_hand", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=32M -o door=fuse");
+    for lazily in [false, true] {
+        let point = world.mount("a");
+        let open = lazily.then(|| File::create(point.join("file")).unwrap());
+        let mut umount = Command::new("umount");
+        if lazily {
+            umount.arg("-l");
+        }
+        assert!(umount.arg(&point).status().unwrap().success());
+        let status = world.inspect("a");
+        assert!(status["mounted"].is_null(), "{status}");
+        let health = status["health"]["bad"].as_str().unwrap_or_default().to_owned();
+        assert!(health.contains("was unmounted by somebody else"), "{status}");
+        assert_eq!(health.contains("but is in use"), lazily, "{status}");
+        assert!(!world.ok("ls").contains(point.to_str().unwrap()));
+        if let Some(open) = open {
+            open.write_all_at(b"still served", 0).unwrap();
+        }
+        eventually("it is free", || !world.inspect("a")["health"].to_string().contains("is in use"));
+        world.ok("umount a");
+        assert_eq!(
+            (&world.inspect("a")["health"], &record(&world, "a")["unclean"]),
+            (&"ok".into(), &false.into())
+        );
+        // It can be mounted again, with or without an unmount of ours.
+        let point = world.mount("a");
+        run("umount", &[&point]);
+        assert_eq!(world.mount("a"), point);
+        assert_eq!(world.inspect("a")["health"], "ok");
+        world.ok("umount a");
+        world.assert_idle();
+    }
+}
+
+#[test]
+fn a_volume_whose_disk_is_gone_is_broken() {
+    if skip("a_volume_whose_disk_is_gone_is_broken", &[]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create a -o size=32M");
+    world.ok("create b -o size=32M -o format=qcow2");
+    let (raw, qcow2) = (world.volume("a").join("disk.raw"), world.volume("b").join("disk.qcow2"));
+    let health = |name: &str| world.inspect(name)["health"]["bad"].as_str().unwrap_or_default().to_owned();
+    assert_eq!((health("a"), health("b")), (String::new(), String::new()));
+    File::options().write(true).open(&raw).unwrap().set_len(1 << 20).unwrap();
+    assert!(health("a").contains("is cut short: it has 1048576 of 33554432 bytes"), "{}", health("a"));
+    fs::remove_file(&raw).unwrap();
+    fs::remove_file(&qcow2).unwrap();
+    for name in ["a", "b"] {
+        assert!(health(name).contains("is gone; restore it, or remove the volume"), "{}", health(name));
+        let table = world.ok("ls");
+        let row = table.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap();
+        assert!(row.contains("is gone"), "{table}");
+        world.fails(&format!("mount {name}"), 1);
+    }
+    world.ok("rm --force a b");
+    assert_eq!(world.names(), Vec::<String>::new());
+}
