@@ -17,7 +17,7 @@ use crate::size;
 const MOST_QUEUES: usize = 4;
 
 /// What the kernel device was asked to be.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct UblkArgs {
     /// The source, for people.
     pub(crate) source: String,

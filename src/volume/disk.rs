@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use bridge::backend::file::FileOptions;
-use bridge::backend::image::{ImageAccess, ImageFormat, describe, open_any};
+use bridge::backend::image::{ImageAccess, ImageFormat, describe};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -37,7 +37,12 @@ pub(super) fn size(path: &Path, format: DiskFormat) -> Result<u64> {
 /// # Errors
 /// One line: it is in use, there is no space.
 pub(super) fn grow(path: &Path, format: DiskFormat, size: u64) -> Result<()> {
-    let disk = open_any(path, Some(image_format(format)), FileOptions::default(), &ImageAccess::default())?;
+    let disk = assemble::open_image(
+        path,
+        Some(image_format(format)),
+        FileOptions::default(),
+        ImageAccess::default(),
+    )?;
     let grown = assemble::apart(|| async {
         if disk.geometry().size < size {
             disk.grow(size).await?;
