@@ -120,7 +120,7 @@ struct DeviceFlags {
     #[arg(long)]
     unprivileged: bool,
 
-    /// Whether another process can take the device over when this one dies
+    /// Whether another process can take the device over when this one dies; never where answered writes would be lost
     #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true,
           value_parser = parse_switch)]
     recoverable: Option<bool>,

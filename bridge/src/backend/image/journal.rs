@@ -31,7 +31,7 @@ use rustix::io::Errno;
 pub(super) use header::Identity;
 use header::{HEADER_BYTES, Header};
 pub(super) use record::{Change, Record};
-use record::{RECORD_BYTES, Stamp};
+use record::{RECORD, RECORD_BYTES, Stamp};
 
 use crate::random::Random;
 
@@ -75,6 +75,8 @@ pub(super) struct Journal {
     count: Cell<u64>,
     /// Guest clusters that they cover.
     clusters: Cell<u64>,
+    /// That it cannot be written was logged.
+    warned: Cell<bool>,
 }
 
 impl Journal {
@@ -128,6 +130,7 @@ impl Journal {
             header,
             count: Cell::new(0),
             clusters: Cell::new(0),
+            warned: Cell::new(false),
         }
     }
 
@@ -151,6 +154,14 @@ impl Journal {
         self.count.set(index + 1);
         self.clusters.set(self.clusters.get().saturating_add(record.count));
         Ok(())
+    }
+
+    /// Logs, once, that changes cannot be noted.
+    pub(super) fn warn_once(&self, error: &io::Error) {
+        if !self.warned.replace(true) {
+            let path = self.path.display();
+            tracing::warn!(%error, "{path}: cannot be written: changes of its image are committed at once");
+        }
     }
 
     /// Whether a commit is due, so that there is room for more.
@@ -197,7 +208,7 @@ fn load(file: &File, header: &Header) -> io::Result<Vec<Record>> {
     let mut bytes = vec![0; usize::try_from(FILE_BYTES - RECORDS_AT).map_err(io::Error::other)?];
     file.read_exact_at(&mut bytes, RECORDS_AT)?;
     let stamp = |index| Stamp { nonce: header.nonce, generation: header.generation, index };
-    let parts = bytes.as_chunks::<{ RECORD_BYTES as usize }>().0;
+    let parts = bytes.as_chunks::<RECORD>().0;
     Ok((0..).zip(parts).map_while(|(index, part)| Record::decode(part, stamp(index))).collect())
 }
 

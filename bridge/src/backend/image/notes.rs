@@ -16,9 +16,8 @@ impl Engine {
         // The file is marked before the first record can count.
         let marked = self.marked.get_or_try_init(|| self.top.mark_in_use(true)).await;
         if let Err(error) = marked.and_then(|()| journal.note(record)) {
-            if !self.must_commit.replace(true) {
-                tracing::warn!(%error, "an image's journal cannot be written: its changes are committed at once");
-            }
+            self.must_commit.set(true);
+            journal.warn_once(&error);
         }
     }
 

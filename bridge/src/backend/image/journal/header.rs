@@ -82,11 +82,15 @@ impl Identity {
             == Identity { path: PathBuf::new(), ..other.clone() }
     }
 
-    /// Whether the journal can still be of use: its boot is this one, and its image is where it was.
-    pub(super) fn is_of_use(&self) -> (bool, bool) {
-        let there = std::fs::metadata(&self.path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == (self.device, self.inode));
-        (boot_id() == Some(self.boot), there)
+    /// Whether the journal is of this boot.
+    pub(super) fn is_of_this_boot(&self) -> bool {
+        boot_id() == Some(self.boot)
+    }
+
+    /// Whether the image is where it was.
+    pub(super) fn is_image_there(&self) -> bool {
+        std::fs::metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == (self.device, self.inode))
     }
 }
 

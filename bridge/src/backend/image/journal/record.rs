@@ -10,7 +10,8 @@
 //! All numbers are little-endian: a journal never leaves its host.
 
 /// Size of a record in bytes.
-pub(super) const RECORD_BYTES: u64 = 32;
+pub(super) const RECORD: usize = 32;
+pub(super) const RECORD_BYTES: u64 = RECORD as u64;
 
 const KIND_SHIFT: u32 = 56;
 const CLUSTER_MASK: u64 = (1 << KIND_SHIFT) - 1;
@@ -46,7 +47,7 @@ pub(super) struct Stamp {
 
 impl Record {
     /// The record's bytes; None where a number does not fit.
-    pub(super) fn encode(self, stamp: Stamp) -> Option<[u8; RECORD_BYTES as usize]> {
+    pub(super) fn encode(self, stamp: Stamp) -> Option<[u8; RECORD]> {
         let (kind, place) = match self.change {
             Change::Map(place) => (1_u64, place),
             Change::ZeroFree => (2, 0),
@@ -57,7 +58,7 @@ impl Record {
             return None;
         }
         let words = [kind << KIND_SHIFT | self.first, self.count, place];
-        let mut bytes = [0; RECORD_BYTES as usize];
+        let mut bytes = [0; RECORD];
         for (part, word) in bytes.chunks_mut(8).zip(words.into_iter().chain([stamp.checksum(words)])) {
             part.copy_from_slice(&word.to_le_bytes());
         }

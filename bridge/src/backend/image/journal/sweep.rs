@@ -33,7 +33,8 @@ pub(super) fn sweep(directory: &File, folder: &Path) {
 
 fn is_stale(file: &File) -> bool {
     let Ok(Some(header)) = Header::read_any(file) else { return false };
-    let (this_boot, there) = header.identity.is_of_use();
     let age = file.metadata().ok().and_then(|found| found.modified().ok()?.elapsed().ok());
-    !this_boot || !there && age.is_some_and(|age| age > MISSING_IMAGE)
+    // The image is looked at last: its file system may be one that does not answer.
+    !header.identity.is_of_this_boot()
+        || age.is_some_and(|age| age > MISSING_IMAGE) && !header.identity.is_image_there()
 }
