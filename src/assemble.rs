@@ -33,6 +33,7 @@ use crate::cli::{
     AioMode, CacheMode, DetectZeroes, DiscardMode, ExportArg, Format, Part, Source, SourceArgs, UsageError,
     create,
 };
+use crate::control;
 use limits::Limits;
 
 /// Images that `--create` has made. Dropped before they are kept, it removes them: a start that fails leaves nothing.
@@ -177,11 +178,11 @@ pub(crate) fn open(source: &Source, args: &SourceArgs, memory: &ImageMemory) -> 
         }
         Source::Path(path) => path,
     };
-    let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone() };
+    let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone(), journal: None };
     // Kept until the file is open.
     let entry = args.beneath.as_deref().map(|folder| find_beneath(folder, path)).transpose()?;
     let file = FileOptions { via: entry.as_ref().map(Entry::via), ..file_options(args) };
-    Ok(open_any(path, args.format, file, &access)?)
+    open_image(path, args.format, file, access)
 }
 
 /// Looks up an image below a folder whose content may be a stranger's.
@@ -191,6 +192,26 @@ fn find_beneath(folder: &Path, path: &Path) -> Result<Entry> {
         bail!("{}: is not below {}", path.display(), root.path().display());
     };
     root.file(name).with_context(|| format!("{}: cannot be served", path.display()))
+}
+
+/// Opens an image, or any other file. What is answered by an image that is written survives a crash of the process, by a
+/// journal in the runtime folder; where that folder cannot be had, the image is served without, and the log says so.
+///
+/// # Errors
+/// One line that names it.
+pub(crate) fn open_image(
+    path: &Path,
+    format: Option<Format>,
+    options: FileOptions,
+    access: ImageAccess,
+) -> Result<Box<dyn Backend>> {
+    let journal = control::journal_folder();
+    if let Err(error) = &journal {
+        tracing::debug!("no journals of images: {error:#}");
+    }
+    // Where there is none, the open fails there and says why.
+    let folder = journal.unwrap_or_else(|_| control::runtime_folder());
+    Ok(open_any(path, format, options, &ImageAccess { journal: Some(folder), ..access })?)
 }
 
 /// How files are opened, the overlay's as well as images.

@@ -30,7 +30,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bridge::Export;
 use bridge::worker::Workers;
 
-pub(crate) use folder::{listen, path as runtime_folder};
+pub(crate) use folder::{journal_folder, listen, path as runtime_folder};
 pub(crate) use query::{Served, served, served_by};
 pub(crate) use server::{Control, is_welcome};
 use wire::ResizeWish;

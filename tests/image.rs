@@ -8,6 +8,8 @@
 mod crash;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/journal.rs"]
+mod journal;
 #[path = "image/status.rs"]
 mod status;
 mod support;

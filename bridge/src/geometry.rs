@@ -36,6 +36,8 @@ impl Capabilities {
     pub const ALLOCATE: Capabilities = Capabilities(1 << 11);
     /// `Backend::shrink` makes the source shorter.
     pub const SHRINK: Capabilities = Capabilities(1 << 12);
+    /// What was answered and not flushed may be lost when this process is killed.
+    pub const VOLATILE: Capabilities = Capabilities(1 << 13);
 
     /// Whether all bits of `other` are set.
     pub const fn contains(self, other: Capabilities) -> bool {

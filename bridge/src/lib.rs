@@ -11,6 +11,7 @@
 
 pub mod admission;
 pub mod backend;
+mod boot;
 pub mod buffer;
 pub mod error;
 pub mod export;

@@ -17,7 +17,7 @@ use crate::size;
 const MOST_QUEUES: usize = 4;
 
 /// What the kernel device was asked to be.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct UblkArgs {
     /// The source, for people.
     pub(crate) source: String,
@@ -122,7 +122,7 @@ struct DeviceFlags {
     #[arg(long)]
     unprivileged: bool,
 
-    /// Whether another process can take the device over when this one dies
+    /// Whether another process can take the device over when this one dies; never where answered writes would be lost
     #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true,
           value_parser = parse_switch)]
     recoverable: Option<bool>,

@@ -96,6 +96,16 @@ impl Drop for OwnSocket {
     }
 }
 
+/// The folder that journals of images are in, made where it is missing.
+///
+/// # Errors
+/// One line that names the folder.
+pub(crate) fn journal_folder() -> Result<PathBuf> {
+    let folder = path();
+    make(&folder)?;
+    Ok(folder)
+}
+
 /// Makes the folder, or sees to it that it is ours and closed to others.
 fn make(folder: &Path) -> Result<()> {
     let shown = folder.display();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use bridge::{Export, LocalFuture};
+use bridge::{Capabilities, Export, LocalFuture};
 use tokio::sync::{oneshot, watch};
 
 use super::control::block_path;
@@ -39,6 +39,7 @@ impl UblkDoor {
     pub(crate) fn open(args: &UblkArgs, site: &Site<'_>) -> Result<Self> {
         let export = site.exports.first().context("a device needs a source")?.clone();
         let words: &[OsString] = &args.words;
+        let args = &UblkArgs { recoverable: args.recoverable && can_be_recovered(&export), ..args.clone() };
         let record = Record::new(args.source.clone(), words, args.recoverable, args.supervisor);
         let device = match args.recover {
             Some(id) => Device::recover(id, export.clone(), args, record)?,
@@ -124,6 +125,20 @@ impl Door for UblkDoor {
     fn cut(&self) -> LocalFuture<'_, ()> {
         Box::pin(std::future::ready(()))
     }
+}
+
+/// Whether nothing that was answered is lost when this process dies: a successor would serve an older disk to a file
+/// system that is mounted.
+fn can_be_recovered(export: &Export) -> bool {
+    let geometry = export.geometry();
+    let lost = !geometry.read_only() && geometry.capabilities.contains(Capabilities::VOLATILE);
+    if lost {
+        tracing::warn!(
+            "{}: the device is not recoverable: what is answered and not flushed would be missing after a crash",
+            export.name()
+        );
+    }
+    !lost
 }
 
 /// What the device is used for. Where that cannot be learnt, it is not in use.

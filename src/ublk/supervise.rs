@@ -27,9 +27,9 @@ use super::control::{Control, block_path};
 use super::device::bury;
 use super::memory;
 use super::signals::{Heard, Signals};
-use super::standby;
 use super::wait::is_alive;
 use super::watched::Watched;
+use super::{standby, state};
 use crate::cli::{ServeArgs, UblkArgs};
 use crate::daemon::{self, Forked, Ready};
 use crate::pid_file::PidFile;
@@ -209,6 +209,14 @@ impl Supervisor {
             });
             if !left {
                 return Ok(status.code);
+            }
+            if told.live && state::read(id).is_some_and(|record| !record.recoverable) {
+                bury(&mut control, id)?;
+                tracing::error!(
+                    "{}: its server has died, and it is not recoverable: removed",
+                    block_path(id)
+                );
+                return Ok(ExitCode::FAILURE);
             }
             if told.live && (failing_since.is_none() || started.elapsed() > WELL_AFTER) {
                 failing_since = Some(Instant::now());

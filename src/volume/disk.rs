@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use bridge::backend::file::FileOptions;
-use bridge::backend::image::{ImageAccess, ImageFormat, describe, open_any};
+use bridge::backend::image::{ImageAccess, ImageFormat, describe};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -45,7 +45,8 @@ pub(super) fn named(error: &anyhow::Error, via: &Path, path: &Path) -> anyhow::E
 /// One line: it is in use, there is no space.
 pub(super) fn grow(disk: &Entry, format: DiskFormat, size: u64) -> Result<()> {
     let options = FileOptions { via: Some(disk.via()), ..FileOptions::default() };
-    let image = open_any(disk.path(), Some(image_format(format)), options, &ImageAccess::default())?;
+    let format = Some(image_format(format));
+    let image = assemble::open_image(disk.path(), format, options, ImageAccess::default())?;
     let grown = assemble::apart(|| async {
         if image.geometry().size < size {
             image.grow(size).await?;

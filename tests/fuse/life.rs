@@ -267,3 +267,37 @@ fn a_signal_during_the_mount_is_not_lost() {
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     eventually("it ends and cleans up", || !file.exists() && !folder.path().join("pid").exists());
 }
+
+#[test]
+fn what_was_answered_on_a_fresh_qcow2_image_survives_a_kill() {
+    if missing("what_was_answered_on_a_fresh_qcow2_image_survives_a_kill", &["qemu-img", "fio"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.qcow2");
+    run("qemu-img", &[&"create", &"-q", &"-f", &"qcow2", &image, &"32M"]);
+    let mut mount = Mount::at(folder, "disk.qcow2", "file", &[]);
+    let file = format!("--filename={}", mount.path.display());
+    let job = [
+        "--name=x",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=16M",
+        "--randseed=7",
+        "--direct=1",
+        "--verify=crc32c",
+    ];
+    let fio = |more: &[&str]| {
+        let mut args: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&file];
+        args.extend(job.iter().chain(more).map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+        run("fio", &args)
+    };
+    // Every write is answered when fio ends, and none was flushed.
+    fio(&["--do_verify=0", "--verify_state_save=0"]);
+    for _ in 0..2 {
+        mount = Mount::at(mount.kill(), "disk.qcow2", "file", &[]);
+        fio(&["--verify_only", "--verify_fatal=1", "--verify_state_save=0"]);
+    }
+    mount.stop();
+    run("qemu-img", &[&"check", &"-q", &image]);
+}

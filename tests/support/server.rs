@@ -69,10 +69,15 @@ impl Server {
 
     /// The same with its control socket in `folder`, as `CONTROL_FOLDER` names it to all commands.
     pub(crate) fn serve_in(folder: &Path, args: &[&str]) -> Server {
+        Server::try_serve_in(folder, args).unwrap_or_else(|log| panic!("it did not start: {log}"))
+    }
+
+    /// The same, or the log of a server that did not start.
+    pub(crate) fn try_serve_in(folder: &Path, args: &[&str]) -> Result<Server, String> {
         let mut command = Command::new("sh");
         let script = format!("export {CONTROL_FOLDER}=\"$0\"; exec {PROGRAM} net \"$@\"");
         command.args(["-c", &script, text(folder)]).args(args).stdin(Stdio::null());
-        Server::serve_by(&mut command, args).unwrap_or_else(|log| panic!("it did not start: {log}"))
+        Server::serve_by(&mut command, args)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

@@ -19,20 +19,24 @@ mod engine;
 mod guard;
 mod header;
 mod host;
+mod journal;
 mod map;
 mod memory;
+mod notes;
 mod places;
 mod probe;
+mod recover;
 mod refcounts;
 mod snapshots;
 mod status;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod thread;
 mod write;
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
@@ -46,6 +50,7 @@ use crate::{
     Result,
 };
 use host::Host;
+use journal::Journal;
 use map::{Map, Place};
 use memory::Tables;
 use thread::EngineThread;
@@ -80,6 +85,9 @@ pub struct ImageAccess {
     pub any_backing: bool,
     /// The memory that its tables and compressed clusters take.
     pub memory: ImageMemory,
+    /// The folder of journals, which exists and belongs to this user alone: in it, mapping changes that were answered
+    /// survive this process. None for no journals.
+    pub journal: Option<PathBuf>,
 }
 
 /// Opens an image of any format, raw ones included. Without a `format` it is told from the first sector; what is taken
@@ -130,6 +138,7 @@ struct Parts {
     /// Bytes of the largest cluster of the chain.
     largest_cluster: u64,
     tables: Tables,
+    journal: Option<Journal>,
 }
 
 /// What workers and the engine share.
@@ -211,6 +220,9 @@ fn geometry(parts: &Parts, files: &[Arc<dyn Backend>], size: u64) -> Geometry {
             | Capabilities::WRITE_ZEROES
             | Capabilities::GROW
     };
+    if !parts.options.read_only && parts.journal.is_none() {
+        capabilities = capabilities | Capabilities::VOLATILE;
+    }
     // Version 2 has no clusters that are zero by a flag.
     if !parts.options.read_only && parts.version >= 3 {
         capabilities = capabilities | Capabilities::FAST_ZERO;

@@ -240,6 +240,9 @@ impl Backend for Overlay {
         if of_base.contains(Capabilities::MULTI_CONN) && of_store.contains(Capabilities::MULTI_CONN) {
             capabilities = capabilities | Capabilities::MULTI_CONN;
         }
+        if self.shared.map.is_none() {
+            capabilities = capabilities | Capabilities::VOLATILE;
+        }
         capabilities = if self.shared.read_only {
             capabilities | Capabilities::READ_ONLY
         } else {

@@ -18,6 +18,7 @@ use super::map::MAX_FILES;
 use super::memory::{ImageMemory, Tables};
 use super::places::Places;
 use super::probe::{ImageFormat, probe};
+use super::recover::{Opened, Subject};
 use super::{ImageOptions, Parts};
 use crate::backend::file::{FileBackend, FileOptions};
 use crate::{Backend, OpenError};
@@ -177,6 +178,8 @@ pub(super) struct Files<'a> {
     pub(super) open: Vec<Arc<dyn Backend>>,
     /// Of the file that data is written to.
     data_descriptor: Option<Arc<std::fs::File>>,
+    /// Of every file, where it is a file with structures.
+    descriptors: Vec<Option<Arc<std::fs::File>>>,
 }
 
 impl<'a> Files<'a> {
@@ -197,6 +200,8 @@ impl<'a> Files<'a> {
         }
         let number = self.number(path)?;
         let size = file.file().metadata().map_or(0, |metadata| metadata.len());
+        self.descriptors.resize(self.open.len(), None);
+        self.descriptors.push(Some(file.file().clone()));
         let file: Arc<dyn Backend> = Arc::new(file);
         self.open.push(file.clone());
         Ok(match read_only {
@@ -225,7 +230,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         Some(via) => alone(path, via, options.format)?,
         None => follow(path, options.format, options.access.any_backing)?,
     };
-    let mut files = Files { options, open: Vec::new(), data_descriptor: None };
+    let mut files = Files { options, open: Vec::new(), data_descriptor: None, descriptors: Vec::new() };
     // From the top down, so that the image itself is locked first; then built from the bottom up.
     let mut hosts = Vec::new();
     for (n, layer) in layers.iter().enumerate() {
@@ -240,7 +245,11 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         hosts.push((host, data));
     }
     let (top, data_file) = hosts[0].clone();
-    let header = layers[0].header.clone().unwrap_or_default();
+    let mut header = layers[0].header.clone().unwrap_or_default();
+    let journal = journals(&layers, &hosts, &files).await?;
+    if journal.replayed {
+        header = header::load(options.file.via.as_deref().unwrap_or(path))?;
+    }
     if header.version != 0 && !options.file.read_only {
         let places = Places::load(&top, &header).await.map_err(|source| OpenError::Os {
             path: path.to_owned(),
@@ -277,6 +286,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         data_descriptor: files.data_descriptor,
         largest_cluster,
         tables,
+        journal: journal.journal,
     };
     Ok((parts, files.open))
 }
@@ -295,6 +305,28 @@ fn count_tables(layers: &[Layer], hosts: &[(Host, Option<Host>)], memory: &Image
         }
     }
     tables
+}
+
+/// Opens the journal of an image that is written, and brings in what dead processes have left in those of all images.
+async fn journals(layers: &[Layer], hosts: &[(Host, Option<Host>)], files: &Files<'_>) -> Result<Opened> {
+    let mut opened = Opened { journal: None, replayed: false };
+    let descriptor = |host: &Host| files.descriptors.get(usize::from(host.number()))?.as_deref();
+    for (layer, (host, data_file)) in layers.iter().zip(hosts) {
+        let (Some(header), Some(file)) = (&layer.header, descriptor(host)) else { continue };
+        let data = data_file.as_ref().and_then(descriptor);
+        let subject = Subject { path: &layer.path, header, host, data_file: data_file.as_ref(), file, data };
+        let folder = files.options.access.journal.as_deref();
+        let done = match host.is_written() {
+            true => subject.open_journal(folder).await.map(|journal| opened = journal),
+            false => subject.overlay_journal(folder).await,
+        };
+        done.map_err(|error| OpenError::Os {
+            path: layer.path.clone(),
+            action: "cannot bring in the journal of a server that died",
+            error,
+        })?;
+    }
+    Ok(opened)
 }
 
 async fn build(

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 
 use super::engine::{Engine, Segment, index};
 use super::host::{discard_to_backing, discard_to_zero, from_io};
+use super::journal::Change;
 use crate::backend::file::DiscardMode;
 use crate::ranges::Mode;
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
@@ -199,6 +200,7 @@ impl Engine {
                         discard_to_backing(&self.image, first, stop - first)
                             .await
                             .map_err(|error| from_io(&error))?;
+                        self.note(first, stop - first, Change::Unmap).await;
                     }
                 }
                 Segment::File { .. } | Segment::Special => {
@@ -221,7 +223,7 @@ impl Engine {
             let _held = self.hold(file, offset, len).await?;
             self.file(file).trim(offset, len, Flags::NONE).await?;
         }
-        if self.has_freed() && !self.owns_table(start).await? {
+        if self.is_journal_full() || self.has_freed() && !self.owns_table(start).await? {
             // The new table may come where something was that the file still names.
             self.commit_alone().await?;
         }
@@ -231,7 +233,10 @@ impl Engine {
             Space::Free => discard_to_zero(&self.image, start, len).await,
             Space::Keep => self.image.write_zeroes(start, len).await,
         };
-        done.map_err(|error| from_io(&error))
+        done.map_err(|error| from_io(&error))?;
+        let change = if space == Space::Free { Change::ZeroFree } else { Change::ZeroKeep };
+        self.note(start, len, change).await;
+        Ok(())
     }
 
     /// Whether the L2 table for a cluster is there, and nobody else's.

@@ -26,11 +26,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use imago::{FormatAccess, Mapping};
-use tokio::sync::{RwLock, RwLockReadGuard, Semaphore, SemaphorePermit};
+use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, Semaphore, SemaphorePermit};
 
 use super::commit;
 use super::discard::Trims;
 use super::host::{Host, drop_caches, from_io};
+use super::journal::Journal;
 use super::map::Place;
 use super::memory::Tables;
 use super::{Parts, Shared};
@@ -86,6 +87,12 @@ pub(super) struct Engine {
     /// Commits that flushes share.
     passes: Passes,
     pub(super) allocations: Semaphore,
+    /// The journal of what is not committed; None where there is none.
+    pub(super) journal: Option<Journal>,
+    /// Set once the image is marked as in use.
+    pub(super) marked: OnceCell<()>,
+    /// The journal lacks a change: it is committed before it is answered.
+    pub(super) must_commit: Cell<bool>,
     /// Clusters were freed that the file still names.
     pub(super) freed: Cell<bool>,
     pub(super) trims: Trims,
@@ -113,6 +120,9 @@ impl Engine {
             gate: RwLock::default(),
             passes: Passes::default(),
             allocations: Semaphore::new(ALLOCATIONS),
+            journal: parts.journal,
+            marked: OnceCell::new(),
+            must_commit: Cell::new(false),
             freed: Cell::new(false),
             trims: Trims::default(),
             in_use: RangeLocks::new(parts.cluster),
@@ -289,7 +299,7 @@ impl Engine {
     pub(super) async fn pass(&self) -> Result<RwLockReadGuard<'_, ()>> {
         loop {
             let pass = self.gate.read().await;
-            if !self.has_freed() {
+            if !self.has_freed() && !self.is_journal_full() {
                 return Ok(pass);
             }
             drop(pass);
@@ -324,14 +334,16 @@ impl Engine {
             };
             done.await.map_err(|error: io::Error| from_io(&error))?;
             self.shared.dirty.store(false, Release);
+            self.reset_journal();
         }
         self.freed.set(false);
         Ok(())
     }
 
-    /// Commits where much is kept back.
+    /// Commits where much is kept back, or where the journal lacks something.
     pub(super) async fn commit_if_much(&self) -> Result<()> {
-        if self.top.kept_bytes() > KEPT_BYTES.min(self.tables.memory().kept_bytes()) {
+        if self.must_commit.get() || self.top.kept_bytes() > KEPT_BYTES.min(self.tables.memory().kept_bytes())
+        {
             self.commit().await
         } else {
             Ok(())

@@ -37,6 +37,13 @@ const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const LAZY_REFCOUNTS: u64 = 1 << 0;
 
+/// The autoclear bit of ours that an image has while mapping changes of it may be in a journal. Another program that
+/// writes to the image has to clear it, so that the bit tells that no other program has.
+pub(super) const IN_USE: u64 = 1 << 47;
+
+/// Where the autoclear bits are, in bytes.
+pub(super) const AUTOCLEAR_AT: usize = 88;
+
 /// What a qcow2 header says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
@@ -55,6 +62,7 @@ pub(super) struct Header {
     pub(super) crypt: u32,
     pub(super) incompatible: u64,
     pub(super) compatible: u64,
+    pub(super) autoclear: u64,
     /// Length of the header without its extensions, in bytes.
     pub(super) length: usize,
     pub(super) backing: Option<String>,
@@ -73,6 +81,11 @@ impl Header {
         self.incompatible & DATA_FILE != 0
     }
 
+    /// Whether a server of this program has the image in use, or has died without closing it.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.autoclear & IN_USE != 0
+    }
+
     /// The features that are set, by qemu-img's names.
     pub(super) fn features(&self) -> Vec<&'static str> {
         let named = [
@@ -85,6 +98,7 @@ impl Header {
             (self.crypt != 0, "encrypted"),
             (self.snapshots > 0, "internal snapshots"),
             (self.bitmaps > 0, "dirty bitmaps"),
+            (self.is_in_use(), "in use or not closed"),
         ];
         named.into_iter().filter_map(|(set, name)| set.then_some(name)).collect()
     }
@@ -193,6 +207,7 @@ pub(super) fn parse_numbers(bytes: &[u8]) -> Result<Header, String> {
         3 => {
             header.incompatible = fields.u64(72)?;
             header.compatible = fields.u64(80)?;
+            header.autoclear = fields.u64(AUTOCLEAR_AT)?;
             header.refcount_order = fields.u32(96)?;
             header.length = index(fields.u32(100)?);
         }
@@ -200,6 +215,16 @@ pub(super) fn parse_numbers(bytes: &[u8]) -> Result<Header, String> {
     }
     judge(&header)?;
     Ok(header)
+}
+
+/// Sets or clears the bit [`IN_USE`] in the first bytes of a version 3 image.
+pub(super) fn mark_in_use(bytes: &mut [u8], in_use: bool) {
+    if let Some(word) = bytes.get_mut(AUTOCLEAR_AT..AUTOCLEAR_AT + 8) {
+        let mask = IN_USE.to_be_bytes();
+        for (byte, mask) in word.iter_mut().zip(mask) {
+            *byte = if in_use { *byte | mask } else { *byte & !mask };
+        }
+    }
 }
 
 fn judge(header: &Header) -> Result<(), String> {

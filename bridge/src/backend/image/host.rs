@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use imago::Storage;
@@ -42,9 +42,12 @@ struct Inner {
     number: u8,
     file: Arc<dyn Backend>,
     /// Size in bytes, for the formats that go by it.
-    size: u64,
-    /// Metadata that has not been committed; None where nothing may be written.
-    kept: Option<Mutex<Blocks>>,
+    size: AtomicU64,
+    /// Metadata that has not been committed, or that a journal has and the file does not.
+    kept: OnceLock<Mutex<Blocks>>,
+    writable: bool,
+    /// The image is marked as in use ([`header::IN_USE`]) whatever header is written.
+    in_use: AtomicBool,
     /// Held while part of a block is filled in.
     filling: tokio::sync::Mutex<()>,
     /// The header was written: a table may have moved, and left its clusters.
@@ -66,21 +69,23 @@ struct Inner {
 impl Host {
     /// A file that is only read.
     pub(super) fn read_only(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64) -> Self {
-        Host::new(path, number, file, size, None)
+        Host::new(path, number, file, size, false)
     }
 
     /// A file whose metadata changes.
     pub(super) fn writable(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64) -> Self {
-        Host::new(path, number, file, size, Some(Mutex::default()))
+        Host::new(path, number, file, size, true)
     }
 
-    fn new(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64, kept: Option<Mutex<Blocks>>) -> Self {
+    fn new(path: &Path, number: u8, file: Arc<dyn Backend>, size: u64, writable: bool) -> Self {
         Host(Arc::new(Inner {
             path: path.to_owned(),
             number,
             file,
-            size,
-            kept,
+            size: AtomicU64::new(size),
+            kept: OnceLock::new(),
+            writable,
+            in_use: AtomicBool::new(false),
             filling: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
             places: OnceLock::new(),
@@ -138,7 +143,7 @@ impl Host {
 
     /// Whether the file is one that metadata is written to.
     pub(super) fn is_written(&self) -> bool {
-        self.0.kept.is_some()
+        self.0.writable
     }
 
     /// A copy of what is kept back.
@@ -146,8 +151,11 @@ impl Host {
         self.blocks().map(|blocks| blocks.clone()).unwrap_or_default()
     }
 
-    /// Bytes that are kept back.
+    /// Bytes that are kept back, and will be committed.
     pub(super) fn kept_bytes(&self) -> u64 {
+        if !self.0.writable {
+            return 0;
+        }
         self.blocks().map_or(0, |blocks| blocks.len() as u64 * BLOCK)
     }
 
@@ -200,7 +208,34 @@ impl Host {
     }
 
     fn blocks(&self) -> Option<MutexGuard<'_, Blocks>> {
-        self.0.kept.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner))
+        let kept =
+            if self.0.writable { Some(self.0.kept.get_or_init(Mutex::default)) } else { self.0.kept.get() };
+        kept.map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Keeps whole blocks back, of a file that ends at `end` or later with them; also of a file that is only read, where
+    /// they are never committed.
+    pub(super) fn keep_blocks(&self, blocks: Blocks, end: u64) {
+        self.0.size.fetch_max(end, Relaxed);
+        let kept = self.0.kept.get_or_init(Mutex::default);
+        kept.lock().unwrap_or_else(PoisonError::into_inner).extend(blocks);
+    }
+
+    /// Marks the image as in use, or as closed, in the file and in what is kept back.
+    ///
+    /// # Errors
+    /// The file's.
+    pub(super) async fn mark_in_use(&self, in_use: bool) -> io::Result<()> {
+        let _filling = self.0.filling.lock().await;
+        self.0.in_use.store(in_use, Relaxed);
+        if let Some(mut blocks) = self.blocks()
+            && let Some(first) = blocks.get_mut(&0)
+        {
+            header::mark_in_use(&mut first[..], in_use);
+        }
+        let mut first = self.read_file(0, index(BLOCK)).await?;
+        header::mark_in_use(&mut first, in_use);
+        self.0.file.write(0, first, Flags::NONE).await.map_err(to_io)
     }
 
     /// Fills a buffer from the file alone; zeroes past its end.
@@ -242,7 +277,7 @@ impl Host {
 
     /// Keeps bytes back, to be committed.
     async fn keep(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        if self.0.kept.is_none() {
+        if !self.0.writable {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         let end = offset
@@ -272,6 +307,11 @@ impl Host {
         }
         if let Some(mut blocks) = self.blocks() {
             blocks.extend((first / BLOCK..).zip(whole.as_chunks().0.iter().map(|block| Box::new(*block))));
+            if self.0.in_use.load(Relaxed)
+                && let Some(first) = blocks.get_mut(&0)
+            {
+                header::mark_in_use(&mut first[..], true);
+            }
         }
         if offset < BLOCK { self.note_header().await } else { Ok(()) }
     }
@@ -324,7 +364,7 @@ impl fmt::Display for Host {
 
 impl Storage for Host {
     fn size(&self) -> io::Result<u64> {
-        Ok(self.0.size)
+        Ok(self.0.size.load(Relaxed))
     }
 
     fn get_filename(&self) -> Option<PathBuf> {
@@ -388,7 +428,7 @@ impl Storage for Host {
 
     /// For a data file whose disk grows. It is never made shorter.
     async fn resize(&self, new_size: u64, _prealloc_mode: PreallocateMode) -> io::Result<()> {
-        if self.0.kept.is_none() {
+        if !self.0.writable {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         self.0.file.grow(new_size).await.map_err(to_io)

@@ -35,7 +35,7 @@ pub(super) async fn find_fault(
 
 /// Where the refcount of the cluster at `offset` is: the number of its refcount block, the part of the block in bytes,
 /// and the counter in that part.
-fn place_of(header: &Header, offset: u64) -> (u64, u64, u64) {
+pub(super) fn place_of(header: &Header, offset: u64) -> (u64, u64, u64) {
     let bits = 1 << header.refcount_order;
     let per_block = header.cluster_size() * 8 / bits;
     let number = offset / header.cluster_size();
@@ -56,7 +56,7 @@ async fn block_offset(host: &Host, header: &Header, block: u64) -> io::Result<Op
 }
 
 /// A counter of 2^`order` bits; 0 where there are no bytes for it.
-fn refcount(bytes: &[u8], counter: u64, order: u32) -> u64 {
+pub(super) fn refcount(bytes: &[u8], counter: u64, order: u32) -> u64 {
     if order < 3 {
         let per_byte = 8_u64 >> order;
         let byte = bytes.get(index(counter / per_byte)).copied().unwrap_or(0);
@@ -68,6 +68,24 @@ fn refcount(bytes: &[u8], counter: u64, order: u32) -> u64 {
     bytes
         .get(start..start + width)
         .map_or(0, |bytes| bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
+}
+
+/// Sets a counter of 2^`order` bits to `value`, which fits; nothing where there are no bytes for it.
+pub(super) fn set_refcount(bytes: &mut [u8], counter: u64, order: u32, value: u64) {
+    if order < 3 {
+        let per_byte = 8_u64 >> order;
+        let shift = (counter % per_byte) << order;
+        let mask = ((1_u8 << (1_u32 << order)) - 1) << shift;
+        if let Some(byte) = bytes.get_mut(index(counter / per_byte)) {
+            *byte = *byte & !mask | value.to_le_bytes()[0] << shift & mask;
+        }
+        return;
+    }
+    let width = 1_usize << (order - 3);
+    let start = index(counter) * width;
+    if let Some(bytes) = bytes.get_mut(start..start + width) {
+        bytes.copy_from_slice(&value.to_be_bytes()[8 - width..]);
+    }
 }
 
 fn index(number: u64) -> usize {
@@ -86,6 +104,21 @@ mod tests {
         assert_eq!((refcount(&bytes, 1, 2), refcount(&bytes, 2, 2)), (8, 1));
         assert_eq!((refcount(&bytes, 2, 3), refcount(&bytes, 1, 4), refcount(&bytes, 1, 5)), (2, 0x203, 9));
         assert_eq!((refcount(&bytes, 0, 6), refcount(&bytes, 1, 6)), (0x8201_0203_0000_0009, 0));
+    }
+
+    #[test]
+    fn a_counter_is_set_and_its_neighbours_stay() {
+        for order in 0..=6 {
+            let most = if order < 6 { (1_u64 << (1 << order)) - 1 } else { u64::MAX };
+            for start in [0x00, 0xff] {
+                let mut bytes = [start; 64];
+                let old = |n| refcount(&[start; 64], n, order);
+                set_refcount(&mut bytes, 3, order, most - old(3));
+                for n in 0..8 {
+                    assert_eq!(refcount(&bytes, n, order), if n == 3 { most - old(3) } else { old(n) });
+                }
+            }
+        }
     }
 
     #[test]

@@ -142,6 +142,7 @@ fn serve(parts: Parts, shared: Arc<Shared>, mut queue: mpsc::UnboundedReceiver<J
             heed(jobs.join_next().await);
         }
         commit(&engine).await;
+        engine.close().await;
     });
 }
 

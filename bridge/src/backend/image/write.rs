@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::engine::{Engine, Segment, index};
 use super::host::from_io;
+use super::journal::Change;
 use super::map::Place;
 use crate::ranges::Mode;
 use crate::{Buffer, Flags, Result};
@@ -151,6 +152,7 @@ impl Engine {
         self.file(file).write(at(start), store, Flags::NONE).await?;
         self.freed.set(self.freed.get() || replaces);
         self.image.commit_data_mapping(prepared).await.map_err(|error| from_io(&error))?;
+        self.note(first, end - first, Change::Map(place)).await;
         self.publish(first, end - first, Place::File { file, offset: place, writable: true });
         drop(pass);
         Ok(bytes.len())

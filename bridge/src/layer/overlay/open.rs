@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::image::{self, Identity, Layout, RECENT_MAGIC};
 use super::map::Map;
 use super::{BLOCK_BYTES, MAX_BYTES, Overlay, Shared};
+pub use crate::boot::{BootId, boot_id};
 use crate::transfer::{get, put};
 use crate::{Backend, Error, Flags};
 
@@ -14,9 +15,6 @@ const SAMPLE_BYTES: u64 = 4096;
 
 /// Tables are read and written in pieces of this many bytes.
 const PIECE: usize = 64 << 10;
-
-/// Tells one boot of a host from another.
-pub type BootId = [u8; 16];
 
 /// Why an overlay could not be made or opened. Each text is the end of a line that begins with the file's name.
 #[non_exhaustive]
@@ -76,13 +74,6 @@ pub fn kept_bytes(size: u64) -> Result<u64> {
 
 fn check_size(size: u64) -> Result<()> {
     if size > MAX_BYTES { Err(OverlayError::TooLarge(size)) } else { Ok(()) }
-}
-
-/// The number of this boot; None where the kernel does not tell.
-pub fn boot_id() -> Option<BootId> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let digits: String = text.trim().split('-').collect();
-    Some(u128::from_str_radix(&digits, 16).ok()?.to_be_bytes())
 }
 
 impl Overlay {

@@ -93,6 +93,7 @@ impl Run {
             data_descriptor: None,
             largest_cluster: cluster,
             tables: memory.image(cluster),
+            journal: None,
         };
         let sector = Sector { stamps: vec![0], answered: 1, oldest: 0 };
         Rc::new(Run {
