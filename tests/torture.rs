@@ -1,8 +1,10 @@
 //! Torture of a server: kill -9 under load and full disks, over every kind of disk. What was answered must be there after
 //! each kill, what was refused must leave the rest alone, and the image must be in order in the end.
 //!
-//! A part of it runs with the suite. `contrib/torture` runs it for minutes, together with the power cuts of crate
-//! `bridge`, which see what these kills cannot: what a crash of the host loses.
+//! Power cuts see what kills cannot: what a crash of the host loses. The disk below the image records what happens to it, and is
+//! cut at any point afterwards.
+//!
+//! A part of it runs with the suite. `contrib/torture` runs it for minutes.
 
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
@@ -11,6 +13,10 @@
 mod disk;
 #[path = "torture/model.rs"]
 mod model;
+#[path = "torture/power.rs"]
+mod power;
+#[path = "torture/recorder.rs"]
+mod recorder;
 mod support;
 
 use std::time::{Duration, Instant};
@@ -20,10 +26,15 @@ use rustix::process::Signal;
 
 use disk::{Disk, Kind};
 use model::Model;
+use power::History;
+use recorder::Recorder;
 use support::{Random, eventually, lacks};
 
 /// Rounds of a kind where no time is given.
 const ROUNDS: u64 = 3;
+
+/// Power cuts of one recording.
+const CUTS: usize = 40;
 
 /// How long a test goes on: so many rounds, or until its minutes are over.
 struct Limit {
@@ -133,6 +144,40 @@ fn fill(kind: Kind, seed: u64) {
     );
 }
 
+/// Loads a disk that is recorded, and cuts its power at many points: what a flush or FUA made durable must be there.
+fn power_cut(kind: Kind, seed: u64) {
+    let limit = Limit::read(seed);
+    let mut random = Random::new(limit.seed);
+    let (mut rounds, mut cuts) = (0, 0);
+    while rounds == 0 || (limit.end.is_some() && limit.goes_on(rounds)) {
+        let made = tempfile::tempdir().unwrap();
+        let mut history = History::new();
+        Disk::within(kind, made.path()).start().stop();
+        let Some(recorder) = Recorder::new(made.path()) else {
+            eprintln!("SKIP: torture: a recorded disk needs root and /dev/fuse");
+            return;
+        };
+        let disk = Disk::at(kind, &recorder.folder());
+        let mut server = disk.start();
+        let mut client = server.client(ReplyStyle::Structured);
+        history.load(&mut client, &mut random, &recorder, 250);
+        server.signal(Signal::KILL);
+        server.child.wait().unwrap();
+        let left = tempfile::tempdir().unwrap();
+        for cut in 0..CUTS {
+            let position = random.index(recorder.position() + 1);
+            recorder.cut(position, &mut random, left.path());
+            let allowed = history.allowed(position);
+            let disk = Disk::at(kind, left.path());
+            let bytes = if cut % 8 == 0 { disk.read_all() } else { disk.convert() };
+            power::verify(&bytes, &allowed);
+            cuts += 1;
+        }
+        rounds += 1;
+    }
+    println!("torture: power {}: {cuts} cuts, 0 losses", kind.name());
+}
+
 macro_rules! torture {
     ($how:ident: $($name:ident, $kind:expr, $seed:literal;)*) => {$(
         #[test]
@@ -157,6 +202,19 @@ torture! { kill:
     kill_qcow2_data_file, Kind::DataFile, 0x708a;
     kill_overlay, Kind::Overlay, 0x708b;
     kill_proxy, Kind::Proxy, 0x708c;
+}
+
+torture! { power_cut:
+    power_cut_raw, Kind::Raw, 0x70a1;
+    power_cut_qcow2_512, Kind::Qcow2("cluster_size=512"), 0x70a2;
+    power_cut_qcow2_4k, Kind::Qcow2("cluster_size=4k"), 0x70a3;
+    power_cut_qcow2_64k, Kind::Qcow2("cluster_size=64k"), 0x70a4;
+    power_cut_qcow2_2m, Kind::Qcow2("cluster_size=2M"), 0x70a5;
+    power_cut_qcow2_1_bit, Kind::Qcow2("cluster_size=4k,refcount_bits=1"), 0x70a6;
+    power_cut_qcow2_v2, Kind::Qcow2("compat=0.10,cluster_size=4k"), 0x70a7;
+    power_cut_qcow2_backed, Kind::Backed, 0x70a8;
+    power_cut_qcow2_data_file, Kind::DataFile, 0x70a9;
+    power_cut_overlay, Kind::Overlay, 0x70aa;
 }
 
 torture! { fill:

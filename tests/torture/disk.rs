@@ -2,14 +2,14 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use nbd_proto::ReplyStyle;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
 
 use super::model::Model;
-use super::support::{Server, run, text};
+use super::support::{Server, text};
 
 /// Of every disk, in bytes.
 pub(crate) const SIZE: u64 = 16 << 20;
@@ -40,6 +40,8 @@ pub(crate) struct Disk {
     folder: PathBuf,
     /// Removed in the end.
     _own: Option<TempDir>,
+    /// The runtime folder of its servers, which follow each other.
+    control: TempDir,
     upstream: Option<Server>,
 }
 
@@ -51,24 +53,34 @@ impl Disk {
         Disk { _own: Some(folder), ..disk }
     }
 
+    /// The disk that is in this folder.
+    pub(crate) fn at(kind: Kind, folder: &Path) -> Disk {
+        Disk {
+            kind,
+            folder: folder.to_owned(),
+            _own: None,
+            control: tempfile::tempdir().unwrap(),
+            upstream: None,
+        }
+    }
+
     /// A new disk in this folder, in the place of one that was there.
     pub(crate) fn within(kind: Kind, folder: &Path) -> Disk {
-        let mut disk = Disk { kind, folder: folder.to_owned(), _own: None, upstream: None };
+        let mut disk = Disk::at(kind, folder);
         for name in ["raw", "image", "data", "overlay"] {
             let _ = fs::remove_file(disk.path(name));
         }
         File::create(disk.path("raw")).unwrap().set_len(SIZE).unwrap();
         let size = SIZE.to_string();
+        // Names within images are relative: the whole folder may be put elsewhere.
         let create = |options: &[&str], size: &[&str]| {
-            let image = disk.path("image");
-            run("qemu-img", &[&["create", "-q", "-f", "qcow2"], options, &[text(&image)], size].concat());
+            let args = [&["create", "-q", "-f", "qcow2"], options, &["image"], size].concat();
+            assert!(disk.qemu_img(&args).status.success());
         };
         match kind {
             Kind::Qcow2(options) => create(&["-o", options], &[&size]),
-            Kind::Backed => create(&["-b", text(&disk.path("raw")), "-F", "raw"], &[]),
-            Kind::DataFile => {
-                create(&["-o", &format!("data_file={}", text(&disk.path("data")))], &[&size]);
-            }
+            Kind::Backed => create(&["-b", "raw", "-F", "raw"], &[]),
+            Kind::DataFile => create(&["-o", "data_file=data"], &[&size]),
             Kind::Proxy => disk.upstream = Some(Server::serve(&[text(&disk.path("raw")), "-f", "raw"])),
             Kind::Raw | Kind::Overlay => {}
         }
@@ -79,7 +91,7 @@ impl Disk {
         self.folder.join(name)
     }
 
-    /// Serves it. Its control socket, and what a successor finds of this server, are in the disk's folder.
+    /// Serves it.
     pub(crate) fn start(&self) -> Server {
         let (raw, image, overlay) = (self.path("raw"), self.path("image"), self.path("overlay"));
         let uri = self.upstream.as_ref().map(|server| server.uri(""));
@@ -90,15 +102,41 @@ impl Disk {
             Kind::Overlay => vec![text(&raw), "-f", "raw", "--overlay", text(&overlay)],
             Kind::Proxy => vec![uri.as_deref().unwrap()],
         };
-        Server::serve_in(&self.control(), &args)
+        Server::serve_in(self.control.path(), &args)
     }
 
-    /// Beside the disk where that has a folder of its own; a full disk must not be what fails the socket.
-    fn control(&self) -> PathBuf {
-        match &self._own {
-            Some(_) => self.path("control"),
-            None => self.folder.with_extension("control"),
+    /// The image of the kinds that are qcow2.
+    fn image(&self) -> Option<&'static str> {
+        match self.kind {
+            Kind::Qcow2(_) | Kind::Backed | Kind::DataFile => Some("image"),
+            Kind::Overlay => Some("overlay"),
+            Kind::Raw | Kind::Proxy => None,
         }
+    }
+
+    /// All that it holds, read through a server.
+    pub(crate) fn read_all(&self) -> Vec<u8> {
+        let server = self.start();
+        let mut client = server.client(ReplyStyle::Structured);
+        let bytes = (0..SIZE >> 20).flat_map(|part| client.read(part << 20, 1 << 20)).collect();
+        drop(client);
+        server.stop();
+        bytes
+    }
+
+    /// All that it holds, read by qemu-img, which must find the image in order but for clusters that leaked.
+    pub(crate) fn convert(&self) -> Vec<u8> {
+        let Some(image) = self.image() else { return fs::read(self.path("raw")).unwrap() };
+        let checked = self.qemu_img(&["check", "-q", "-f", "qcow2", image]);
+        assert!(matches!(checked.status.code(), Some(0 | 3)), "{:?}: {checked:?}", self.kind);
+        let converted = self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", image, "converted"]);
+        assert!(converted.status.success(), "{converted:?}");
+        fs::read(self.path("converted")).unwrap()
+    }
+
+    /// In the disk's folder: qemu takes a data file's name for relative to its own.
+    fn qemu_img(&self, args: &[&str]) -> Output {
+        Command::new("qemu-img").args(args).current_dir(&self.folder).output().unwrap()
     }
 
     /// Holds it against the model once more, ends it in good order, and has qemu-img look at it.
@@ -106,13 +144,8 @@ impl Disk {
         let server = self.start();
         model.check(&mut server.client(ReplyStyle::Structured));
         server.stop();
-        let image = match self.kind {
-            Kind::Qcow2(_) | Kind::Backed | Kind::DataFile => self.path("image"),
-            Kind::Overlay => self.path("overlay"),
-            Kind::Raw | Kind::Proxy => return,
-        };
-        let checked =
-            Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).output().unwrap();
+        let Some(image) = self.image() else { return };
+        let checked = self.qemu_img(&["check", "-q", "-f", "qcow2", image]);
         // 3 is leaked clusters, which harm nobody; after a clean end there are none of ours.
         assert!(checked.status.success(), "{:?}: {checked:?}", self.kind);
     }

@@ -9,9 +9,9 @@ use super::disk::SIZE;
 use super::support::{Answer, Client, NO_FLAGS, Random};
 
 /// Bytes of a block, of which each sector may be new or old where a request was cut short.
-const BLOCK: usize = 4096;
-const SECTOR: usize = 512;
-const BLOCKS: usize = SIZE as usize / BLOCK;
+pub(crate) const BLOCK: usize = 4096;
+pub(crate) const SECTOR: usize = 512;
+pub(crate) const BLOCKS: usize = SIZE as usize / BLOCK;
 
 /// Requests in flight.
 const DEPTH: usize = 16;
@@ -162,7 +162,7 @@ impl Model {
 }
 
 /// The bytes of a block: the stamp and the block's own number, again and again.
-fn content(block: usize, stamp: Stamp) -> Vec<u8> {
+pub(crate) fn content(block: usize, stamp: Stamp) -> Vec<u8> {
     if stamp == 0 {
         return vec![0; BLOCK];
     }
