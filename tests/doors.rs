@@ -28,7 +28,8 @@ struct Mount(PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounts =
+            String::from_utf8_lossy(&std::fs::read("/proc/self/mountinfo").unwrap_or_default()).into_owned();
         if mounts.contains(text(&self.0)) {
             let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
         }

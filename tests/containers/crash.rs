@@ -60,7 +60,7 @@ fn after_a_reboot_mounts_are_forgotten_and_volumes_are_not() {
     assert_eq!(world.status("data")["references"], json!(1));
 
     world.kill_all();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
     for point in points.rev().filter(|point| point.starts_with("/run/") || point.contains("/overlay/")) {
         unmount(point, UnmountFlags::DETACH).unwrap();

@@ -208,7 +208,7 @@ impl World {
 
     /// Remembers the loop devices that stand upon FUSE files of this world's.
     fn note_loops(&self) {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
         let ours: Vec<&str> = mounts
             .lines()
             .filter(|line| line.contains(" - fuse.nbdbridge "))
@@ -239,7 +239,7 @@ impl World {
 
     /// Mounts of volumes and of what they stand upon.
     pub(crate) fn mounts(&self) -> Vec<String> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap()).into_owned();
         let is_ours = |line: &&str| line.contains(" /run/nbdbridge/") || line.contains(" - fuse.nbdbridge ");
         mounts.lines().filter(is_ours).map(str::to_owned).collect()
     }

@@ -69,7 +69,7 @@ fn left_of(pid: u32) -> Vec<String> {
         left.push(folder.display().to_string());
     }
     let name = format!("attach-{pid}/");
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     left.extend(mounts.lines().filter(|line| line.contains(&name)).map(str::to_owned));
     for device in fs::read_dir("/sys/block").unwrap().flatten() {
         let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
@@ -134,7 +134,7 @@ fn attach_is_killed_at_each_step() {
     let note = |pid: u32| fs::read_to_string(format!("/run/nbdbridge/fuse-{pid}-0.json")).unwrap_or_default();
     let at = |pid: u32, name: &str| PathBuf::from(format!("/run/nbdbridge/attach-{pid}{name}"));
     let mounted = |pid: u32| {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
         mounts.contains(&format!("attach-{pid}/"))
     };
     let over = |pid: u32| left_of(pid).iter().any(|left| left.contains(" over "));

@@ -119,7 +119,7 @@ pub(crate) fn nbdbridge<S: AsRef<OsStr>>(folder: &Path, args: &[S]) -> Command {
 
 /// Whether something is mounted on this very path.
 pub(crate) fn is_mounted(path: &Path) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     mounts.lines().any(|line| line.split(' ').nth(1) == path.to_str())
 }
 

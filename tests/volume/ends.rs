@@ -74,7 +74,7 @@ fn planes_are_killed_while_they_come_up() {
         mount.wait().unwrap();
         // Whatever came of it.
         world.call("umount a");
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
         assert!(!mounts.contains(disk.to_str().unwrap()), "round {round}: {mounts}");
         let listed = run(PROGRAM, &[&"devices"]);
         assert!(!listed.contains(disk.to_str().unwrap()), "round {round}: {listed}");
@@ -104,7 +104,11 @@ fn what_a_killed_plane_has_left_is_swept() {
     world.ok("ls");
     let name = device.file_name().unwrap().to_str().unwrap();
     assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
-    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(disk.to_str().unwrap()));
+    assert!(
+        !String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap())
+            .into_owned()
+            .contains(disk.to_str().unwrap())
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::world::{World, skip};
 
 /// The options of the mount at `point`: those of the mount and of its superblock.
 fn mount_options(point: &Path) -> String {
-    let table = fs::read_to_string("/proc/self/mounts").unwrap();
+    let table = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     let line = table.lines().rfind(|line| line.split(' ').nth(1) == point.to_str()).unwrap();
     format!(",{},", line.split(' ').nth(3).unwrap())
 }

@@ -9,7 +9,7 @@ use crate::world::{World, skip};
 
 /// Options of the file system at a path, as the kernel tells them.
 fn mount_options(point: &Path) -> String {
-    let table = fs::read_to_string("/proc/self/mounts").unwrap();
+    let table = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
     let line = table.lines().find(|line| line.split(' ').nth(1) == point.to_str()).unwrap();
     line.split(' ').nth(3).unwrap().to_owned()
 }

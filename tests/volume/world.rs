@@ -125,7 +125,7 @@ impl World {
 
     /// Mounts below its folder.
     pub(crate) fn mounts(&self) -> Vec<PathBuf> {
-        let table = fs::read_to_string("/proc/self/mounts").unwrap();
+        let table = String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned();
         let points = table.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
         points.filter(|point| point.starts_with(self.folder.path()) && *point != self.join("pool")).collect()
     }
