@@ -16,6 +16,7 @@ mod fuse;
 mod info;
 mod io_flusher;
 mod net;
+mod os_text;
 mod patience;
 mod pid_file;
 mod serve;
