@@ -156,7 +156,7 @@ impl Door for LoopDoor {
     fn watch(&self) -> Watch {
         let mut watch = self.file.watch();
         for place in &mut watch.places {
-            place.at = self.device.display().to_string();
+            place.at = self.device.as_path().into();
         }
         Watch { kind: "attach", ..watch }
     }

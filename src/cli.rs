@@ -346,6 +346,10 @@ fn answer(error: &clap::Error) -> ExitCode {
 
 /// The first paragraph of clap's text, its tips, and where to read on.
 fn one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        // clap does not say which.
+        return "one of the arguments is not UTF-8; only paths, sources and EXPORT may hold other bytes (try --help)".into();
+    }
     let text = error.render().to_string();
     let mut paragraphs = text.split("\n\n");
     let first = paragraphs.next().unwrap_or_default();

@@ -30,6 +30,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bridge::Export;
 use bridge::worker::Workers;
 
+use crate::os_text::OsText;
+
 pub(crate) use folder::{journal_folder, listen, path as runtime_folder};
 pub(crate) use query::{Served, served, served_by};
 pub(crate) use server::{Control, is_welcome};
@@ -59,7 +61,7 @@ pub(crate) trait Clients: Send + Sync {
 
 /// What the socket tells of, and acts upon.
 pub(crate) struct Site {
-    exports: Vec<(Arc<Export>, String)>,
+    exports: Vec<(Arc<Export>, OsText)>,
     doors: Vec<Watch>,
     workers: Arc<Workers>,
     started: u64,
@@ -67,7 +69,7 @@ pub(crate) struct Site {
 
 impl Site {
     /// Exports, each with where its blocks come from, behind these doors.
-    pub(crate) fn new(exports: Vec<(Arc<Export>, String)>, doors: Vec<Watch>, workers: Arc<Workers>) -> Self {
+    pub(crate) fn new(exports: Vec<(Arc<Export>, OsText)>, doors: Vec<Watch>, workers: Arc<Workers>) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Site { exports, doors, workers, started }
     }

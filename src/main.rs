@@ -18,6 +18,7 @@ mod helper;
 mod info;
 mod io_flusher;
 mod net;
+mod os_text;
 mod patience;
 mod pid_file;
 mod serve;

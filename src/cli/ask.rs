@@ -1,5 +1,7 @@
 //! `nbdbridge ps`, `stats`, `throttle`, `resize`: the flags of the commands that ask running servers.
 
+use std::ffi::OsString;
+
 use clap::Args;
 
 use super::UsageError;
@@ -16,14 +18,14 @@ pub(crate) enum AskAction {
     /// Counters of one export, or of all.
     Stats {
         /// Which.
-        export: Option<String>,
+        export: Option<OsString>,
         /// As JSON.
         json: bool,
     },
     /// Limits of an export.
     Throttle {
         /// Which.
-        export: String,
+        export: OsString,
         /// Not its own, but those that it shares with this group.
         group: Option<String>,
         /// What with them.
@@ -34,7 +36,7 @@ pub(crate) enum AskAction {
     /// An export's size.
     Resize {
         /// Which.
-        export: String,
+        export: OsString,
         /// Its new size.
         size: NewSize,
         /// As JSON.
@@ -71,7 +73,7 @@ pub(super) struct PsCommand {
 pub(super) struct StatsCommand {
     /// Which export [default: all]
     #[arg(value_name = "EXPORT")]
-    export: Option<String>,
+    export: Option<OsString>,
 
     /// Print JSON, with the whole histogram of latencies
     #[arg(long)]
@@ -84,7 +86,7 @@ pub(super) struct StatsCommand {
 pub(super) struct ThrottleCommand {
     /// Which export
     #[arg(value_name = "EXPORT")]
-    export: String,
+    export: OsString,
 
     /// Limits to change, as in iops-total=1000 bps-read=50M, with the keys of --throttle; 0 takes one away, and `off`
     /// all of them. After group=NAME, those of a group, for all exports in it. Without any, they are shown
@@ -102,7 +104,7 @@ pub(super) struct ThrottleCommand {
 pub(super) struct ResizeCommand {
     /// Which export
     #[arg(value_name = "EXPORT")]
-    export: String,
+    export: OsString,
 
     /// Its new size, or +SIZE for so much more; an export only grows
     #[arg(value_name = "SIZE", value_parser = NewSize::parse)]

@@ -143,11 +143,13 @@ pub(super) struct NetFlags {
     socket: Option<PathBuf>,
 
     /// Name of SOURCE's export [default: the empty name]
-    #[arg(short = 'x', long, value_name = "NAME", value_parser = values::parse_string)]
+    #[arg(short = 'x', long, value_name = "NAME",
+          value_parser = OsStringValueParser::new().try_map(values::parse_string))]
     export_name: Option<String>,
 
     /// Describe SOURCE's export to people
-    #[arg(short = 'D', long, value_name = "TEXT", value_parser = values::parse_string)]
+    #[arg(short = 'D', long, value_name = "TEXT",
+          value_parser = OsStringValueParser::new().try_map(values::parse_string))]
     description: Option<String>,
 
     /// Serve at most N clients at the same time; 0 for as many as come

@@ -243,8 +243,8 @@ fn sources() {
     assert_eq!(values::parse_source(odd.clone()), Ok(Source::Path(odd.into())));
     let odd_name = OsString::from_vec(vec![0xff, b'=', b'x']);
     assert!(values::parse_export(odd_name).is_err());
-    assert!(values::parse_string(&"x".repeat(4096)).is_ok());
-    assert!(values::parse_string(&"x".repeat(4097)).is_err());
+    assert!(values::parse_string("x".repeat(4096).into()).is_ok());
+    assert!(values::parse_string("x".repeat(4097).into()).is_err());
 }
 
 #[test]
@@ -346,7 +346,7 @@ fn ublk(line: &str) -> Result<(ServeArgs, UblkArgs), ExitCode> {
 fn a_device_is_made_of_one_word() {
     let (args, device) = ublk("disk.img").unwrap();
     assert_eq!(args.exports[0].source, path("disk.img"));
-    assert_eq!((device.source.as_str(), device.words.len()), ("disk.img", 1));
+    assert_eq!((device.source.to_string().as_str(), device.words.len()), ("disk.img", 1));
     assert_eq!((device.id, device.depth, device.io_size, device.block_size), (None, 128, 512 << 10, None));
     assert!((1..=4).contains(&device.queues));
     assert!(device.recoverable && !device.supervise && device.recover.is_none());

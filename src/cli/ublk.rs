@@ -11,6 +11,7 @@ use super::process::ProcessFlags;
 use super::source::SourceFlags;
 use super::values::{self, Source};
 use super::{Action, DoorArgs, ServeArgs, UsageError};
+use crate::os_text::OsText;
 use crate::size;
 
 /// Queues where nothing else is said: cores, but no more than this.
@@ -19,8 +20,8 @@ const MOST_QUEUES: usize = 4;
 /// What the kernel device was asked to be.
 #[derive(Clone, Debug)]
 pub(crate) struct UblkArgs {
-    /// The source, for people.
-    pub(crate) source: String,
+    /// The source, as it was given.
+    pub(crate) source: OsText,
     /// The command line's words behind `ublk`, to be remembered.
     pub(crate) words: Vec<OsString>,
     /// The device's number; None is any free one.
@@ -176,7 +177,7 @@ impl UblkCommand {
             })));
         }
         let Some(source) = self.source else { return Err(UsageError::new("SOURCE is missing (try --help)")) };
-        let name = source.to_string();
+        let name = source.as_given();
         let in_memory = matches!(source, Source::Memory(_));
         let exports = vec![self.also.name(source)];
         let image = self.image.into_args(&exports)?;

@@ -13,6 +13,7 @@ use nbd_proto::uri::Uri;
 
 use super::remote::{RemoteSource, parse_remote};
 use super::source::{ExportArg, ExportOptions};
+use crate::os_text::OsText;
 use crate::size;
 
 /// Longest path of a Unix socket: `sun_path` less its closing zero.
@@ -38,13 +39,19 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    /// What it is called outside of this process: a path does not hang on our working folder.
-    pub(crate) fn global(&self) -> String {
+    /// Returns the source as it was given; sizes in bytes.
+    pub(crate) fn as_given(&self) -> OsText {
         match self {
-            Source::Path(path) => {
-                std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
-            }
-            source => source.to_string(),
+            Source::Path(path) => path.into(),
+            source => source.to_string().into(),
+        }
+    }
+
+    /// Returns the name of the source outside of this process: a path is absolute.
+    pub(crate) fn global(&self) -> OsText {
+        match self {
+            Source::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).into(),
+            source => source.to_string().into(),
         }
     }
 }
@@ -111,7 +118,8 @@ pub(super) fn parse_export(text: OsString) -> Result<ExportArg, String> {
     let Some(end) = bytes.iter().position(|b| *b == b'=') else {
         return Err("write NAME=SOURCE, as in --export disk1=disk1.img".into());
     };
-    let name = String::from_utf8(bytes[..end].to_vec()).map_err(|_| "the name must be UTF-8".to_owned())?;
+    let name = parse_string(OsString::from_vec(bytes[..end].to_vec()))
+        .map_err(|why| format!("the name is {why}"))?;
     let mut source = &bytes[end + 1..];
     let mut options = ExportOptions::default();
     while let Some(comma) = source.iter().rposition(|b| *b == b',')
@@ -128,7 +136,7 @@ pub(super) fn parse_export(text: OsString) -> Result<ExportArg, String> {
         return Err("read-only and snapshot exclude each other".into());
     }
     let source = parse_source(OsString::from_vec(source.to_vec()))?;
-    Ok(ExportArg { name: parse_string(&name)?, description: None, source, options })
+    Ok(ExportArg { name, description: None, source, options })
 }
 
 /// Whether a word behind a comma is a setting of an export.
@@ -136,12 +144,13 @@ fn is_setting(word: &str) -> bool {
     word == "read-only" || word == "snapshot" || word.starts_with("format=")
 }
 
-/// Reads an export's name or description, within NBD's limits.
-pub(super) fn parse_string(text: &str) -> Result<String, String> {
+/// Reads an export's name or description, within NBD's limits on strings: length and UTF-8.
+pub(super) fn parse_string(text: OsString) -> Result<String, String> {
     if text.len() > MAX_STRING {
         return Err(format!("longer than the {MAX_STRING} bytes that NBD allows"));
     }
-    Ok(text.to_owned())
+    text.into_string()
+        .map_err(|_| "not UTF-8, and the NBD protocol has no other names and descriptions".to_owned())
 }
 
 /// An address to listen on.

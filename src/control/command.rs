@@ -1,5 +1,6 @@
 //! `nbdbridge ps`, `stats`, `throttle`, `resize`: ask the servers that are here, and show a person what they say.
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -60,8 +61,10 @@ fn ps(servers: &Servers, json: bool) -> Result<()> {
         let instance = &target.server.instance;
         let name = &target.export.name;
         let places = instance.doors.iter().flat_map(|door| &door.places);
-        let at: Vec<_> =
-            places.filter(|place| place.export == *name).map(|place| printable(&place.at)).collect();
+        let at: Vec<_> = places
+            .filter(|place| place.export == *name)
+            .map(|place| printable(&place.at.to_string()))
+            .collect();
         rows.push(vec![
             instance.pid.to_string(),
             if name.is_empty() { "-".to_owned() } else { printable(name) },
@@ -69,7 +72,7 @@ fn ps(servers: &Servers, json: bool) -> Result<()> {
             if target.export.read_only { "ro" } else { "rw" }.to_owned(),
             count_clients(target),
             time(now.saturating_sub(instance.started)),
-            printable(&target.export.source),
+            printable(&target.export.source.to_string()),
             if at.is_empty() { "-".to_owned() } else { at.join(" ") },
         ]);
     }
@@ -94,7 +97,7 @@ struct StatsRow<'a> {
     stats: &'a ExportStats,
 }
 
-async fn stats(servers: &Servers, export: Option<&str>, json: bool) -> Result<()> {
+async fn stats(servers: &Servers, export: Option<&OsStr>, json: bool) -> Result<()> {
     let targets: Vec<Target<'_>> = match export {
         Some(text) => servers.find_all(text)?,
         None => {
@@ -134,7 +137,7 @@ fn stats_text(target: Target<'_>, stats: &ExportStats) -> String {
             rows.push(stats_row(operation.name(), count));
         }
     }
-    let title = format!("{}  {}\n", printable(&target.id()), printable(&target.export.source));
+    let title = format!("{}  {}\n", printable(&target.id()), printable(&target.export.source.to_string()));
     if rows.len() == 1 { title + "no requests yet\n" } else { title + &table(&rows) }
 }
 

@@ -3,6 +3,7 @@
 //! EXPORT is, in this order: a name; `PID:NAME`, or `PID` where it has one export; where an export is found (a device,
 //! a mounted file, a URI); its source. The first of these that fits decides.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use tokio::task::JoinSet;
 use super::client::{self, CallError};
 use super::folder;
 use super::wire::{ExportInfo, Instance};
+use crate::os_text::OsText;
 
 /// Names listed in an error.
 const LISTED: usize = 8;
@@ -101,52 +103,55 @@ impl Servers {
     ///
     /// # Errors
     /// As [`Servers::find`].
-    pub(super) fn find_all(&self, text: &str) -> Result<Vec<Target<'_>>> {
-        let is_name = self.targets().any(|target| target.export.name == text);
+    pub(super) fn find_all(&self, text: &OsStr) -> Result<Vec<Target<'_>>> {
+        let is_name = self.targets().any(|target| *target.export.name == *text);
         let all = if is_name { Vec::new() } else { self.of_process(text) };
         if all.is_empty() { Ok(vec![self.find(text)?]) } else { Ok(all) }
     }
 
     /// The exports of the process with this number; none where it is no such number.
-    fn of_process(&self, text: &str) -> Vec<Target<'_>> {
-        let is_it = |target: &Target<'_>| text.parse() == Ok(target.server.instance.pid);
-        self.targets().filter(is_it).collect()
+    fn of_process(&self, text: &OsStr) -> Vec<Target<'_>> {
+        let pid = text.to_str().and_then(|text| text.parse::<u32>().ok());
+        self.targets().filter(|target| pid == Some(target.server.instance.pid)).collect()
     }
 
     /// The one that `text` means.
     ///
     /// # Errors
     /// One line that says what there is, where it means none or several.
-    pub(super) fn find(&self, text: &str) -> Result<Target<'_>> {
-        let path = std::path::absolute(text).ok().and_then(|path| path.into_os_string().into_string().ok());
-        let is_path = |other: &str| other == text || path.as_deref() == Some(other);
+    pub(super) fn find(&self, text: &OsStr) -> Result<Target<'_>> {
+        let path = std::path::absolute(text).ok().map(PathBuf::into_os_string);
+        // Compared as bytes: what differs in a slash is another name, and what is not UTF-8 is a name too.
+        let is_path =
+            |other: &OsText| other.as_os_str() == text || path.as_deref() == Some(other.as_os_str());
         let found_at = |target: &Target<'_>| {
             let mut places = target.server.instance.doors.iter().flat_map(|door| &door.places);
             places.any(|place| place.export == target.export.name && is_path(&place.at))
         };
         let ways: [&dyn Fn(&Target<'_>) -> bool; 4] = [
-            &|target| target.export.name == text,
+            &|target| *target.export.name == *text,
             &|target| target.is_numbered(text),
             &found_at,
             &|target| is_path(&target.export.source),
         ];
+        let shown = text.display();
         for way in ways {
             let found: Vec<_> = self.targets().filter(way).collect();
             match &found[..] {
                 [] => {}
                 [one] => return Ok(*one),
-                many => bail!("`{text}` is served {} times; say which: {}", many.len(), list(many)),
+                many => bail!("`{shown}` is served {} times; say which: {}", many.len(), list(many)),
             }
         }
         let several = self.of_process(text);
         if !several.is_empty() {
-            bail!("process {text} has {} exports; say which: {}", several.len(), list(&several));
+            bail!("process {shown} has {} exports; say which: {}", several.len(), list(&several));
         }
         let all: Vec<_> = self.targets().collect();
         match (&all[..], &self.silent[..]) {
-            ([], []) => bail!("no export `{text}`: {}", nobody()),
-            (all, [first, ..]) => bail!("no export `{text}` among {}; {first}", list(all)),
-            (all, []) => bail!("no export `{text}`; there is {}", list(all)),
+            ([], []) => bail!("no export `{shown}`: {}", nobody()),
+            (all, [first, ..]) => bail!("no export `{shown}` among {}; {first}", list(all)),
+            (all, []) => bail!("no export `{shown}`; there is {}", list(all)),
         }
     }
 }
@@ -167,7 +172,8 @@ impl Target<'_> {
         }
     }
 
-    fn is_numbered(&self, text: &str) -> bool {
+    fn is_numbered(&self, text: &OsStr) -> bool {
+        let Some(text) = text.to_str() else { return false };
         let (pid, name) = text.split_once(':').unwrap_or((text, ""));
         let Instance { pid: own, exports, .. } = &self.server.instance;
         pid.parse() == Ok(*own) && (name == self.export.name || name.is_empty() && (exports.len() == 1))
@@ -245,7 +251,7 @@ mod tests {
             ("10:c", "there is 10:a"),
             ("14", "process 14 has 2 exports; say which: 14:a (mem:5), 14:c (mem:6)"),
         ] {
-            match servers.find(text) {
+            match servers.find(OsStr::new(text)) {
                 Ok(target) => assert_eq!(target.id(), id, "{text}"),
                 Err(error) => {
                     let line = error.to_string();
@@ -259,10 +265,10 @@ mod tests {
         for (text, ids) in
             [("14", &["14:a", "14:c"][..]), ("13", &["13:10", "13:"]), ("11", &["11:a"]), ("10", &["13:10"])]
         {
-            let found: Vec<_> = servers.find_all(text).unwrap().iter().map(Target::id).collect();
+            let found: Vec<_> = servers.find_all(OsStr::new(text)).unwrap().iter().map(Target::id).collect();
             assert_eq!(found, ids, "{text}");
         }
-        assert!(servers.find_all("a").is_err());
+        assert!(servers.find_all(OsStr::new("a")).is_err());
     }
 
     #[test]
@@ -278,15 +284,15 @@ mod tests {
 
     #[test]
     fn what_is_said_where_there_is_nothing() {
-        let line = Servers::default().find("x").unwrap_err().to_string();
+        let line = Servers::default().find(OsStr::new("x")).unwrap_err().to_string();
         assert!(line.contains("no nbdbridge is running"), "{line}");
         let silent = Servers { silent: vec!["process 7 does not answer".into()], ..Servers::default() };
-        let line = silent.find("x").unwrap_err().to_string();
+        let line = silent.find(OsStr::new("x")).unwrap_err().to_string();
         assert!(line.contains("process 7") && line.contains("none"), "{line}");
         let exports: Vec<(String, &str, &str)> = (0..20).map(|n| (format!("e{n}"), "s", "")).collect();
         let exports: Vec<_> = exports.iter().map(|(name, s, at)| (name.as_str(), *s, *at)).collect();
         let many = Servers { servers: vec![server(1, &exports)], silent: Vec::new() };
-        let line = many.find("x").unwrap_err().to_string();
+        let line = many.find(OsStr::new("x")).unwrap_err().to_string();
         assert!(line.contains("and 12 more"), "{line}");
     }
 }

@@ -13,6 +13,7 @@ use super::find;
 use super::folder;
 use super::wire::{Instance, Resized, Throttle};
 use super::{ResizeWish, command};
+use crate::os_text::OsText;
 
 /// A server's export, found by where it is served.
 #[derive(Clone, Debug)]
@@ -22,9 +23,9 @@ pub(crate) struct Served {
     /// The process.
     pub(crate) pid: u32,
     /// Where its blocks come from.
-    pub(crate) source: String,
+    pub(crate) source: OsText,
     /// Where it is found: devices, files, URIs.
-    pub(crate) places: Vec<String>,
+    pub(crate) places: Vec<OsText>,
     /// In bytes.
     pub(crate) size: u64,
 }
@@ -48,7 +49,7 @@ pub(crate) fn served_by(pid: u32) -> Vec<Served> {
 impl Served {
     /// Whether it is found at this path.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
-        self.places.iter().any(|place| Path::new(place) == path)
+        self.places.iter().any(|place| place.as_path() == path)
     }
 
     /// Sets its limits to exactly these.
@@ -95,7 +96,7 @@ impl Served {
 
 fn of(instance: Instance, socket: &Path) -> Vec<Served> {
     let Instance { pid, exports, doors, .. } = instance;
-    let places = |name: &str| -> Vec<String> {
+    let places = |name: &str| -> Vec<OsText> {
         let all = doors.iter().flat_map(|door| &door.places);
         all.filter(|place| place.export == name).map(|place| place.at.clone()).collect()
     };

@@ -33,6 +33,7 @@ use super::guests::Progress;
 use super::wire::{
     DoorInfo, ExportInfo, ExportStats, Failure, Instance, Limits, ResizeWish, Resized, Throttle,
 };
+use crate::os_text::OsText;
 
 /// The longest body of a request.
 const BODY_BYTES: usize = 16 << 10;
@@ -162,12 +163,12 @@ async fn instance(State(site): State<Arc<Site>>) -> Json<Instance> {
     })
 }
 
-fn describe(export: &Export, source: &str) -> ExportInfo {
+fn describe(export: &Export, source: &OsText) -> ExportInfo {
     let geometry = export.geometry();
     ExportInfo {
         name: export.name().to_owned(),
         description: export.description().map(str::to_owned),
-        source: source.to_owned(),
+        source: source.clone(),
         size: geometry.size,
         read_only: geometry.read_only(),
         limits: export.throttle().map(limits_of).unwrap_or_default(),

@@ -7,6 +7,8 @@ use bridge::stats::{LATENCY_BUCKETS, OperationStats};
 use bridge::{Export, Operation};
 use serde::{Deserialize, Serialize};
 
+use crate::os_text::OsText;
+
 /// `GET /v1/instance`: a process that serves.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Instance {
@@ -25,7 +27,7 @@ pub(crate) struct ExportInfo {
     pub(crate) name: String,
     pub(crate) description: Option<String>,
     /// Where its blocks come from; a path is absolute.
-    pub(crate) source: String,
+    pub(crate) source: OsText,
     /// In bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
@@ -53,7 +55,7 @@ pub(crate) struct DoorInfo {
 pub(crate) struct Place {
     /// The export's name.
     pub(crate) export: String,
-    pub(crate) at: String,
+    pub(crate) at: OsText,
 }
 
 /// The clients of one door.

@@ -234,8 +234,7 @@ impl Drop for FuseDoor {
 
 impl Door for FuseDoor {
     fn watch(&self) -> Watch {
-        let at = self.point.path.display().to_string();
-        let places = vec![Place { export: self.export.clone(), at }];
+        let places = vec![Place { export: self.export.clone(), at: (&self.point.path).into() }];
         Watch { kind: "fuse", places, clients: None, fixed: None }
     }
 

@@ -9,6 +9,7 @@ use bridge::{Backend, Capabilities, ExtentKind, Flags, partition};
 use serde_json::json;
 
 use crate::cli::{InfoArgs, Source};
+use crate::os_text::OsText;
 use crate::{assemble, size};
 
 /// A named fact. The name is JSON's; people see it with blanks.
@@ -20,11 +21,15 @@ struct Fact {
 /// What a fact says.
 enum Value {
     Text(String),
+    /// A path, or another source.
+    Place(OsText),
     Number(u64),
     /// A number of bytes: people see what they amount to as well.
     Bytes(u64),
     Flag(bool),
     List(Vec<String>),
+    /// Images, each with its format behind it.
+    Chain(Vec<OsText>),
     Partitions(Table),
 }
 
@@ -47,7 +52,7 @@ pub(super) struct Told {
 /// One line: it cannot be read. An image that cannot be served is told about all the same, if its header makes sense.
 pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
     let opened = assemble::open(&args.source, &args.source_args(), &ImageMemory::default());
-    let mut facts = vec![Fact { name: "source", value: Value::Text(args.source.to_string()) }];
+    let mut facts = vec![Fact { name: "source", value: Value::Place(args.source.as_given()) }];
     if let Source::Path(path) = &args.source {
         facts.extend(image_facts(path, args)?);
     }
@@ -100,10 +105,14 @@ fn image_facts(path: &Path, args: &InfoArgs) -> Result<Vec<Fact>> {
             value: Value::List(features.into_iter().map(str::to_owned).collect()),
         });
     }
-    facts.extend(data_file.map(|path| text("data-file", path.display().to_string())));
+    facts.extend(data_file.map(|path| Fact { name: "data-file", value: Value::Place(path.into()) }));
     if !chain.is_empty() {
-        let chain = chain.iter().map(|link| format!("{} ({})", link.path.display(), link.format));
-        facts.push(Fact { name: "backing-chain", value: Value::List(chain.collect()) });
+        let chain = chain.iter().map(|link| {
+            let mut words = link.path.clone().into_os_string();
+            words.push(format!(" ({})", link.format));
+            OsText::from(words)
+        });
+        facts.push(Fact { name: "backing-chain", value: Value::Chain(chain.collect()) });
     }
     Ok(facts)
 }
@@ -170,10 +179,14 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
         let mut line = |value: &str| text.push_str(&format!("{name:<17}{value}\n"));
         match value {
             Value::Text(value) => line(value),
+            Value::Place(value) => line(&value.to_string()),
             Value::Number(number) => line(&number.to_string()),
             Value::Bytes(bytes) => line(&size::full(*bytes)),
             Value::Flag(set) => line(if *set { "yes" } else { "no" }),
             Value::List(items) => line(&items.join(", ")),
+            Value::Chain(items) => {
+                line(&items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+            }
             Value::Partitions(table) => {
                 line(scheme_name(table));
                 for Partition { number, start, len, kind, name } in &table.partitions {
@@ -194,9 +207,11 @@ fn json(facts: &[Fact], map: Option<&[Run]>) -> String {
     for Fact { name, value } in facts {
         let value = match value {
             Value::Text(value) => json!(value),
+            Value::Place(value) => json!(value),
             Value::Number(number) | Value::Bytes(number) => json!(number),
             Value::Flag(set) => json!(set),
             Value::List(items) => json!(items),
+            Value::Chain(items) => json!(items),
             Value::Partitions(table) => {
                 let partitions = table.partitions.iter().map(|found| {
                     json!({ "number": found.number, "start": found.start, "length": found.len,

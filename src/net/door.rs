@@ -78,7 +78,7 @@ impl NetDoor {
                     Local::Unix(path) => Uri::unix(&absolute(&path).unwrap_or(path), name).to_string(),
                     Local::Unnamed => continue,
                 };
-                places.push(Place { export: name.to_owned(), at });
+                places.push(Place { export: name.to_owned(), at: at.into() });
             }
         }
         places
@@ -90,7 +90,7 @@ impl Door for NetDoor {
         if self.passed {
             return Vec::new();
         }
-        self.places().into_iter().map(|place| place.at).collect()
+        self.places().into_iter().map(|place| place.at.to_string()).collect()
     }
 
     fn watch(&self) -> Watch {

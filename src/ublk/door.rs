@@ -69,7 +69,7 @@ impl Door for UblkDoor {
     }
 
     fn watch(&self) -> Watch {
-        let place = Place { export: self.export.name().to_owned(), at: block_path(self.id) };
+        let place = Place { export: self.export.name().to_owned(), at: block_path(self.id).into() };
         let fixed = device::fixed_size().map(|why| format!("{} keeps its size: {why}", block_path(self.id)));
         Watch { kind: "ublk", places: vec![place], clients: None, fixed }
     }

@@ -56,7 +56,7 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
             state,
             pid,
             recoverable.to_owned(),
-            record.source,
+            record.source.to_string(),
         ]);
     }
     Ok(rows)

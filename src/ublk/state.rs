@@ -1,10 +1,9 @@
 //! What is remembered of a device while it exists: a small JSON file for each, `ublk-N.json` in /run/nbdbridge, or below
 //! $XDG_RUNTIME_DIR for a user. Its reader is this program: `devices`, `detach`, `--recover`.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,17 +11,19 @@ use anyhow::{Context, Result, anyhow};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::os_text::OsText;
+
 /// What the file holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// The device's number.
     pub(crate) id: u32,
-    /// The source, for people.
-    pub(crate) source: String,
-    /// The words of the command line behind `ublk`; what is no UTF-8 is kept as bytes.
-    words: Vec<Word>,
+    /// The source, as it was given.
+    pub(crate) source: OsText,
+    /// The words of the command line behind `ublk`.
+    words: Vec<OsText>,
     /// The folder that relative paths among them start from.
-    folder: Word,
+    folder: OsText,
     /// Bytes.
     pub(crate) size: u64,
     /// A successor may take the device over.
@@ -33,17 +34,10 @@ pub(crate) struct Record {
     pub(crate) supervisor: Option<u32>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-enum Word {
-    Text(String),
-    Bytes(Vec<u8>),
-}
-
 impl Record {
     /// A record for this process.
     pub(crate) fn new(
-        source: String,
+        source: OsText,
         words: &[OsString],
         recoverable: bool,
         supervisor: Option<u32>,
@@ -52,8 +46,8 @@ impl Record {
         Record {
             id: 0,
             source,
-            words: words.iter().map(|word| Word::from(word.as_os_str())).collect(),
-            folder: Word::from(folder.as_os_str()),
+            words: words.iter().map(OsText::from).collect(),
+            folder: OsText::from(folder),
             size: 0,
             recoverable,
             pid: std::process::id(),
@@ -73,12 +67,12 @@ impl Record {
 
     /// The words of the command line, as they were given.
     pub(crate) fn words(&self) -> Vec<OsString> {
-        self.words.iter().map(Word::to_os_string).collect()
+        self.words.iter().map(|word| word.as_os_str().to_owned()).collect()
     }
 
     /// The folder they were given in.
     pub(crate) fn folder(&self) -> PathBuf {
-        PathBuf::from(self.folder.to_os_string())
+        self.folder.as_path().to_owned()
     }
 
     /// Writes the file; readers see the old one or the whole new one.
@@ -101,24 +95,6 @@ impl Record {
             fs::rename(&new, &path)
         };
         write().with_context(|| format!("{}: cannot write what the device is", path.display()))
-    }
-}
-
-impl Word {
-    fn to_os_string(&self) -> OsString {
-        match self {
-            Word::Text(text) => text.into(),
-            Word::Bytes(bytes) => OsString::from_vec(bytes.clone()),
-        }
-    }
-}
-
-impl From<&OsStr> for Word {
-    fn from(word: &OsStr) -> Self {
-        match word.to_str() {
-            Some(text) => Word::Text(text.to_owned()),
-            None => Word::Bytes(word.as_bytes().to_vec()),
-        }
     }
 }
 
@@ -181,6 +157,7 @@ fn folder() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStringExt;
 
     #[test]
     fn a_record_survives_its_file() {

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::{Created, Error, Health, Name, Pool, Progress, Result, Settings, Share, Status, Verdict, Volume};
 use crate::cli::{PoolWish, UsageError, VolumeAction, VolumeWish};
 use crate::control::command::{json_text, print, printable, table};
+use crate::os_text::OsText;
 use crate::size;
 
 /// Does it.
@@ -69,7 +70,9 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
         }
         VolumeWish::Mount { name } => {
             let path = pool.mount(name, Volume::BY_HAND, &bar)?;
-            say(json, &json!({ "name": name, "path": path }), || format!("{}\n", path.display()))
+            say(json, &json!({ "name": name, "path": OsText::from(&path) }), || {
+                format!("{}\n", path.display())
+            })
         }
         VolumeWish::Unmount { name } => unmount(pool, name, json),
         VolumeWish::Limit { name, change } => {
@@ -238,7 +241,7 @@ fn settings(pool: &Pool, wish: &PoolWish, json: bool) -> Result<String> {
         pool.change(&settings)?;
     }
     let (space, folder) = (pool.space()?, pool.folder());
-    say(json, &json!({ "pool": folder, "settings": settings, "space": space }), || {
+    say(json, &json!({ "pool": OsText::from(folder), "settings": settings, "space": space }), || {
         pool_text(folder, &settings, &space)
     })
 }

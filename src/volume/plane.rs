@@ -90,7 +90,7 @@ impl Plane {
             // It may come up between the two looks.
             let coming = is_attaching(source);
             let served = control::served().ok()?.into_iter().filter(|served| served.source == wanted);
-            let devices = served.flat_map(|served| served.places).map(PathBuf::from);
+            let devices = served.flat_map(|served| served.places).map(|place| place.as_path().to_owned());
             let mut planes = devices
                 .filter(|place| place.starts_with("/dev") && !known.contains(place))
                 .filter_map(|device| Plane::of(device, read_only).ok());

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::plane::Plane;
 use super::{Name, Result, durable};
 use crate::beneath::Folder;
+use crate::os_text;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -39,6 +40,7 @@ pub(crate) struct State {
     /// One was about to be started: there may be one that is not known here.
     pub(crate) starting: bool,
     /// Where it is mounted.
+    #[serde(with = "os_text::option")]
     pub(crate) mounted: Option<PathBuf>,
     /// Who uses it, and how often each asked.
     pub(crate) holders: BTreeMap<String, u32>,

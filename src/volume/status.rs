@@ -12,6 +12,7 @@ use super::plane::Life;
 use super::runtime::State;
 use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
 use crate::beneath::Folder;
+use crate::os_text;
 
 /// A volume, as `inspect` shows it and Docker's `Get`.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +35,7 @@ pub(crate) struct Status {
     /// What becomes of it when its data plane dies.
     pub(crate) guarantee: Option<&'static str>,
     pub(crate) device: Option<PathBuf>,
+    #[serde(serialize_with = "os_text::option::serialize")]
     pub(crate) mounted: Option<PathBuf>,
     /// Who uses it, and how often each asked.
     pub(crate) holders: BTreeMap<String, u32>,
