@@ -12,7 +12,7 @@ use super::model::Model;
 use super::support::{Server, text};
 
 /// Of every disk, in bytes.
-pub(crate) const SIZE: u64 = 16 << 20;
+pub(crate) const SIZE: usize = 16 << 20;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
@@ -70,7 +70,7 @@ impl Disk {
         for name in ["raw", "image", "data", "overlay"] {
             let _ = fs::remove_file(disk.path(name));
         }
-        File::create(disk.path("raw")).unwrap().set_len(SIZE).unwrap();
+        File::create(disk.path("raw")).unwrap().set_len(SIZE as u64).unwrap();
         let size = SIZE.to_string();
         // Names within images are relative: the whole folder may be put elsewhere.
         let create = |options: &[&str], size: &[&str]| {
@@ -118,7 +118,7 @@ impl Disk {
     pub(crate) fn read_all(&self) -> Vec<u8> {
         let server = self.start();
         let mut client = server.client(ReplyStyle::Structured);
-        let bytes = (0..SIZE >> 20).flat_map(|part| client.read(part << 20, 1 << 20)).collect();
+        let bytes = (0..SIZE as u64 >> 20).flat_map(|part| client.read(part << 20, 1 << 20)).collect();
         drop(client);
         server.stop();
         bytes
@@ -171,7 +171,7 @@ impl Full {
 
     /// Leaves so many bytes of it.
     pub(crate) fn fill(&self, left: u64) {
-        let room = rustix::fs::statvfs(&self.folder()).unwrap();
+        let room = rustix::fs::statvfs(self.folder()).unwrap();
         let bytes = (room.f_bavail * room.f_frsize).saturating_sub(left);
         fs::write(self.folder().join("ballast"), vec![1; usize::try_from(bytes).unwrap()]).unwrap();
     }

@@ -11,7 +11,7 @@ use super::support::{Answer, Client, NO_FLAGS, Random};
 /// Bytes of a block, of which each sector may be new or old where a request was cut short.
 pub(crate) const BLOCK: usize = 4096;
 pub(crate) const SECTOR: usize = 512;
-pub(crate) const BLOCKS: usize = SIZE as usize / BLOCK;
+pub(crate) const BLOCKS: usize = SIZE / BLOCK;
 
 /// Requests in flight.
 const DEPTH: usize = 16;
