@@ -4,6 +4,7 @@
 mod loop_device;
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -105,8 +106,8 @@ impl Door for LoopDoor {
         Watch { kind: "attach", ..watch }
     }
 
-    fn lines(&self) -> Vec<String> {
-        vec![self.device.path().display().to_string()]
+    fn lines(&self) -> Vec<OsString> {
+        vec![self.device.path().into()]
     }
 
     fn serve(&self) -> LocalFuture<'_, ()> {

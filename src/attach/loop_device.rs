@@ -3,9 +3,11 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -123,8 +125,9 @@ pub(crate) fn detach(path: &Path) -> io::Result<()> {
 /// The file that a loop device stands upon.
 pub(crate) fn backing_file(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
-    let text = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()?;
-    Some(PathBuf::from(text.strip_suffix('\n').unwrap_or(&text)))
+    let text = fs::read(format!("/sys/block/{name}/loop/backing_file")).ok()?;
+    let text = text.strip_suffix(b"\n").unwrap_or(&text);
+    Some(PathBuf::from(OsString::from_vec(text.to_vec())))
 }
 
 /// Whether somebody would be hurt by the device's end: it is mounted, swapped to, part of another device, or another
