@@ -4,6 +4,7 @@
 mod loop_device;
 
 use std::cell::{Cell, RefCell};
+use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -161,8 +162,8 @@ impl Door for LoopDoor {
         Watch { kind: "attach", ..watch }
     }
 
-    fn lines(&self) -> Vec<String> {
-        vec![self.device.display().to_string()]
+    fn lines(&self) -> Vec<OsString> {
+        vec![self.device.clone().into()]
     }
 
     /// Serves until the file is unmounted, or somebody else detaches the device.

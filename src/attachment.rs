@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use crate::attach::{backing_file, is_attachment, loops_over};
 use crate::fuse::{Made, Mounted};
+use crate::os_text::{self, OsText};
 use bridge::Geometry;
 use rustix::process::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
@@ -33,8 +34,9 @@ pub(crate) struct Attachment {
     /// When that was started, in the clock ticks of /proc/PID/stat: process numbers are used again.
     pub(crate) started: u64,
     /// What it serves, as it was given.
-    pub(crate) source: String,
+    pub(crate) source: OsText,
     /// The mounted file, or the one that is about to be mounted.
+    #[serde(with = "os_text::path")]
     pub(crate) file: PathBuf,
     /// The empty file that was made for it, or is about to be.
     pub(crate) made: Option<Made>,
@@ -91,7 +93,7 @@ impl Attachment {
         Attachment {
             pid,
             started: started(pid).unwrap_or(0),
-            source: source.to_string_lossy().into_owned(),
+            source: source.into(),
             file: file.to_owned(),
             made: None,
             number: None,
@@ -268,7 +270,8 @@ pub(crate) fn is_stopped(pid: u32) -> bool {
 /// When a process was started, in clock ticks (proc_pid_stat(5), field 22); None for one that is gone or only waits to be
 /// buried.
 pub(crate) fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of a program need not be UTF-8.
+    let stat = String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?).into_owned();
     // The second field is a name in parentheses, and may hold anything.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     let state = fields.next()?;

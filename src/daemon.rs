@@ -10,9 +10,11 @@
 //! A leaf file: the only `unsafe` is fork(2).
 #![allow(unsafe_code)]
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -169,7 +171,7 @@ impl Ready {
     ///
     /// # Errors
     /// The pid file cannot be written, the background process cannot leave its terminal, or its parent is gone.
-    pub(crate) fn announce(self, lines: &[String]) -> Result<()> {
+    pub(crate) fn announce(self, lines: &[OsString]) -> Result<()> {
         // First: a script that has read a line may look for the file at once.
         if let Some(pid_file) = &self.pid_file {
             pid_file.publish()?;
@@ -193,10 +195,10 @@ impl Ready {
 }
 
 /// Prints lines that nobody may want to hear.
-fn print(lines: &[String]) {
+fn print(lines: &[OsString]) {
     let mut out = io::stdout().lock();
     for line in lines {
-        if writeln!(out, "{line}").is_err() {
+        if out.write_all(&[line.as_bytes(), b"\n"].concat()).is_err() {
             break;
         }
     }

@@ -1,19 +1,39 @@
 //! `nbdbridge devices`: what is attached on this host, as a table.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
+use serde::Serialize;
 
 use crate::attachment::{Attachment, is_stopped};
 use crate::cli::DevicesArgs;
+use crate::control::command::{json_text, print};
 use crate::fuse::{self, Answer, Mounted};
+use crate::os_text::OsText;
 use crate::{size, ublk};
 
-/// The table's head, and each row's cells.
-pub(crate) type Row = [String; COLUMNS];
-
 const COLUMNS: usize = 7;
+
+/// The head of the table.
+const HEAD: [&str; COLUMNS] = ["PATH", "DOOR", "SIZE", "STATE", "PID", "RECOVERABLE", "SOURCE"];
+
+/// A device or file that is attached: a row of the table, or an element of the JSON array.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) path: OsText,
+    /// The kind of device: `ublk`, `loop` or `fuse`.
+    pub(crate) door: &'static str,
+    /// In bytes; None where it is not known.
+    pub(crate) size: Option<u64>,
+    pub(crate) state: Cow<'static, str>,
+    /// The process that serves it, where there is one.
+    pub(crate) pid: Option<u32>,
+    /// A successor may take the device over.
+    pub(crate) recoverable: bool,
+    pub(crate) source: OsText,
+}
 
 /// Prints what `args` ask for: the table, unless it is something else about ublk.
 ///
@@ -24,17 +44,19 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
         Some(device) => ublk::owner(device)?,
         None if args.features => ublk::features()?,
         None => {
-            let head = ["PATH", "DOOR", "SIZE", "STATE", "PID", "RECOVERABLE", "SOURCE"].map(str::to_owned);
-            let mut rows: Vec<Row> = vec![head];
-            rows.extend(ublk::devices()?);
             let all = Attachment::all();
+            let mut rows = ublk::devices()?;
             rows.extend(all.iter().map(|(attachment, _)| row(attachment)));
             rows.extend(unknown(&all));
-            if rows.len() == 1 {
+            if args.json {
+                return print(&json_text(&rows)?);
+            }
+            if rows.is_empty() {
                 eprintln!("nothing is attached");
                 return Ok(());
             }
-            table(&rows)
+            let cells = rows.iter().map(Row::cells);
+            table(&std::iter::once(HEAD.map(str::to_owned)).chain(cells).collect::<Vec<_>>())
         }
     };
     match io::stdout().write_all(text.as_bytes()) {
@@ -43,17 +65,32 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
     }
 }
 
+impl Row {
+    fn cells(&self) -> [String; COLUMNS] {
+        let unknown = || "-".to_owned();
+        [
+            self.path.to_string(),
+            self.door.to_owned(),
+            self.size.map_or_else(unknown, size::human),
+            self.state.to_string(),
+            self.pid.map_or_else(unknown, |pid| pid.to_string()),
+            if self.recoverable { "yes" } else { "no" }.to_owned(),
+            self.source.to_string(),
+        ]
+    }
+}
+
 fn row(attachment: &Attachment) -> Row {
     let path = attachment.device.as_ref().unwrap_or(&attachment.file);
-    [
-        path.display().to_string(),
-        if attachment.device.is_some() { "loop" } else { "fuse" }.to_owned(),
-        size::human(attachment.size),
-        state(attachment).to_owned(),
-        attachment.pid.to_string(),
-        "no".to_owned(),
-        attachment.source.clone(),
-    ]
+    Row {
+        path: path.into(),
+        door: if attachment.device.is_some() { "loop" } else { "fuse" },
+        size: Some(attachment.size),
+        state: state(attachment).into(),
+        pid: Some(attachment.pid),
+        recoverable: false,
+        source: attachment.source.clone(),
+    }
 }
 
 /// The state of an attachment in a word.
@@ -96,15 +133,21 @@ fn unknown(known: &[(Attachment, PathBuf)]) -> Vec<Row> {
             Answer::Dead => "dead",
             Answer::Silent => "silent",
         };
-        let source = mounted.source.to_string_lossy().into_owned();
-        let path = mounted.point.display().to_string();
-        [path, "fuse".into(), "-".into(), state.into(), "-".into(), "no".into(), source]
+        Row {
+            path: mounted.point.into(),
+            door: "fuse",
+            size: None,
+            state: state.into(),
+            pid: None,
+            recoverable: false,
+            source: mounted.source.into(),
+        }
     };
     mounts.into_iter().zip(answers).map(row).collect()
 }
 
 /// Columns as wide as their widest cell; the last one ends where it ends.
-fn table(rows: &[Row]) -> String {
+fn table(rows: &[[String; COLUMNS]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..COLUMNS - 1).map(width).collect();
     let mut text = String::new();

@@ -1,6 +1,7 @@
 //! What the doors have in common: a door starts, tells where it is, serves, and ends in good order. How they come and
 //! go together is `serve`'s business; what goes through one is its own.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use crate::ublk::{self, UblkDoor};
 /// A way to the exports that is open. It is driven on the main thread's event loop; the data path runs elsewhere.
 pub(crate) trait Door {
     /// What a person or a script connects to, a line each.
-    fn lines(&self) -> Vec<String>;
+    fn lines(&self) -> Vec<OsString>;
 
     /// What the control socket tells of it. Asked once, when the door is open.
     fn watch(&self) -> Watch;

@@ -33,6 +33,12 @@ impl OsText {
     }
 }
 
+impl From<OsText> for OsString {
+    fn from(OsText(text): OsText) -> Self {
+        text
+    }
+}
+
 impl fmt::Display for OsText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.display().fmt(f)
@@ -62,6 +68,20 @@ impl<'de> Deserialize<'de> for OsText {
                 Form::Bytes(bytes) => OsString::from_vec(bytes),
             })
         })
+    }
+}
+
+/// The same form for a field that is a path: `#[serde(with = "os_text::path")]`.
+pub(crate) mod path {
+    use super::*;
+    use std::path::PathBuf;
+
+    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        OsText::from(path).serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        OsText::deserialize(deserializer).map(|OsText(text)| PathBuf::from(text))
     }
 }
 

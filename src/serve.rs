@@ -11,6 +11,7 @@
 //! end cuts short what is in flight; what was answered is still flushed.
 
 use std::cell::{Cell, RefCell};
+use std::ffi::OsString;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -208,7 +209,7 @@ impl Server<'_> {
     /// in use any more.
     async fn serve(&self, stop: &mut Stop, ready: Ready, made: assemble::Made) -> Result<()> {
         let doors = self.doors();
-        let lines: Vec<String> = doors.iter().flat_map(|door| door.lines()).collect();
+        let lines: Vec<OsString> = doors.iter().flat_map(|door| door.lines()).collect();
         ready.announce(&lines)?;
         made.keep();
         let mut ended = pin!(main_one(doors.iter().map(|door| door.serve()).collect()));

@@ -172,3 +172,25 @@ fn doors_share_counters_limits_and_size() {
     drop(client);
     both.server.stop();
 }
+
+#[test]
+fn a_size_that_is_no_multiple_of_512_is_exact() {
+    const TEST: &str = "a_size_that_is_no_multiple_of_512_is_exact";
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    let content: Vec<u8> = (0..5333_u32).map(|n| n.to_le_bytes()[0]).collect();
+    std::fs::write(&image, &content).unwrap();
+    let words = ["fuse", "-f", "raw", text(&image), "FILE", "--also-net", "-x", "disk", "--multi-writer"];
+    let Some(both) = Both::start(TEST, &words) else { return };
+    assert_eq!(both.file().metadata().unwrap().len(), 5333);
+    let told = Command::new(PROGRAM).args(["info", "--json", &both.server.lines[1]]).output().unwrap();
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(told["exports"][0]["size"], 5333, "{told}");
+    // The last byte, which is in no whole block, through one door and the other.
+    OpenOptions::new().write(true).open(both.file()).unwrap().write_all_at(&[0xee], 5332).unwrap();
+    let mut client = both.client();
+    assert_eq!(client.read(5330, 3), [content[5330], content[5331], 0xee]);
+    drop(client);
+    both.server.stop();
+    assert_eq!(std::fs::read(&image).unwrap().len(), 5333);
+}

@@ -97,6 +97,102 @@ fn a_server_is_found_by_a_path_that_is_not_utf8() {
     assert!(line.contains("no export"), "{line}");
 }
 
+/// Skips aloud where there is no FUSE or no loop device.
+fn lacks(test: &str, device: &str) -> bool {
+    let lacks = !rustix::process::geteuid().is_root() || !Path::new(device).exists();
+    if lacks {
+        eprintln!("SKIP: {test}: needs root and {device}");
+    }
+    lacks
+}
+
+/// The row of `devices --json` with this path or source.
+fn row(odd: &Odd, key: &str, path: &Path) -> Option<Value> {
+    let rows = odd.json(&[&"devices", &"--json"]);
+    rows.as_array().unwrap().iter().find(|row| row[key] == in_json(path)).cloned()
+}
+
+#[test]
+fn a_mounted_file_is_printed_listed_and_detached() {
+    if lacks("a_mounted_file_is_printed_listed_and_detached", "/dev/fuse") {
+        return;
+    }
+    let odd = Odd::new();
+    let (image, file) = (odd.image(), odd.path("m\u{fe}"));
+    let made = odd.run(&[&"fuse", &"--fork", &image, &file]);
+    assert!(made.status.success(), "{made:?}");
+    assert_eq!(made.stdout, [file.as_os_str().as_bytes(), b"\n"].concat());
+    let row_of = row(&odd, "path", &file).unwrap();
+    assert_eq!(
+        (&row_of["door"], &row_of["size"], &row_of["source"], &row_of["recoverable"]),
+        (&json!("fuse"), &json!(1 << 20), &in_json(&image), &json!(false)),
+        "{row_of}"
+    );
+    let grown = odd.json(&[&"resize", &"--json", &file, &"2M"]);
+    assert_eq!(grown["size"], 2 << 20);
+    let ended = odd.run(&[&"detach", &file]);
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(!file.exists() && row(&odd, "path", &file).is_none());
+}
+
+#[test]
+fn an_attached_image_is_detached() {
+    if lacks("an_attached_image_is_detached", "/dev/loop-control") {
+        return;
+    }
+    let odd = Odd::new();
+    // Its size is no multiple of 512: a loop device has whole blocks.
+    fs::File::options().write(true).open(odd.image()).unwrap().set_len((1 << 20) + 700).unwrap();
+    let made = odd.run(&[&"attach", &"--door", &"fuse", &odd.image()]);
+    assert!(made.status.success(), "{made:?}");
+    let device = String::from_utf8(made.stdout).unwrap();
+    let device = device.trim_end();
+    let said = String::from_utf8_lossy(&made.stderr);
+    assert!(said.contains("the last 188 bytes"), "{said}");
+    let sectors = fs::read_to_string(format!("/sys/block/{}/size", &device[5..])).unwrap();
+    assert_eq!(sectors.trim(), "2049");
+    let row_of = row(&odd, "source", &odd.image()).unwrap();
+    assert_eq!((&row_of["path"], &row_of["door"]), (&json!(device), &json!("loop")), "{row_of}");
+    assert!(row_of["pid"].as_u64().is_some() && row_of["state"] == "serving", "{row_of}");
+    let table = odd.run(&[&"devices"]);
+    assert!(String::from_utf8_lossy(&table.stdout).contains(device), "{table:?}");
+    let ended = odd.run(&[&"detach", &device]);
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(row(&odd, "source", &odd.image()).is_none());
+    // Nothing holds the image any more.
+    let again = odd.json(&[&"info", &"--json", &odd.image()]);
+    assert_eq!(again["size"], (1 << 20) + 700);
+}
+
+#[test]
+fn a_volume_is_mounted_where_the_path_is_not_utf8() {
+    if lacks("a_volume_is_mounted_where_the_path_is_not_utf8", "/dev/loop-control") {
+        return;
+    }
+    let odd = Odd::new();
+    let (pool, root) = (odd.path("pool\u{fe}"), odd.path("mnt\u{fe}"));
+    let volume = |words: &[&dyn AsRef<OsStr>]| {
+        let mut all: Vec<&dyn AsRef<OsStr>> = vec![&"volume", &words[0], &"--pool", &pool];
+        all.extend([&"--mount-root" as &dyn AsRef<OsStr>, &root]);
+        all.extend(&words[1..]);
+        odd.run(&all)
+    };
+    fs::create_dir(&root).unwrap();
+    let made = volume(&[&"create", &"a", &"-o", &"size=32M"]);
+    assert!(made.status.success(), "{made:?}");
+    let mounted = volume(&[&"mount", &"a"]);
+    assert!(mounted.status.success(), "{mounted:?}");
+    let at = fs::canonicalize(&root).unwrap().join("a");
+    assert_eq!(mounted.stdout, [at.as_os_str().as_bytes(), b"\n"].concat());
+    let inspected: Value = serde_json::from_slice(&volume(&[&"inspect", &"a", &"--json"]).stdout).unwrap();
+    assert_eq!(inspected[0]["mounted"], in_json(&at), "{inspected}");
+    for words in [&[&"umount" as &dyn AsRef<OsStr>, &"a"][..], &[&"rm", &"a"]] {
+        let ended = volume(words);
+        assert!(ended.status.success(), "{ended:?}");
+    }
+    assert!(row(&odd, "source", &pool.join("a/disk.raw")).is_none());
+}
+
 #[test]
 fn images_and_what_is_told_of_them() {
     let odd = Odd::new();

@@ -254,8 +254,12 @@ pub(crate) struct DevicesArgs {
     #[arg(long)]
     pub(crate) features: bool,
 
+    /// Print JSON: an array, with exact sizes
+    #[arg(long, conflicts_with = "features")]
+    pub(crate) json: bool,
+
     /// Print user and group of a device, for udev
-    #[arg(long, value_name = "DEVICE", hide = true, conflicts_with = "features")]
+    #[arg(long, value_name = "DEVICE", hide = true, conflicts_with_all = ["features", "json"])]
     pub(crate) owner: Option<String>,
 }
 

@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
@@ -238,6 +240,14 @@ pub(crate) fn json_text(value: &impl Serialize) -> Result<String> {
 /// Writes to stdout; a reader that has enough (`| head`) is no failure.
 pub(crate) fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a path to stdout, for scripts: its bytes, and a line break.
+pub(crate) fn print_path(path: &Path) -> Result<()> {
+    match io::stdout().write_all(&[path.as_os_str().as_bytes(), b"\n"].concat()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
         _ => Ok(()),
     }

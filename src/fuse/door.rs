@@ -238,8 +238,8 @@ impl Door for FuseDoor {
         Watch { kind: "fuse", places, clients: None, fixed: None }
     }
 
-    fn lines(&self) -> Vec<String> {
-        vec![self.point.path.display().to_string()]
+    fn lines(&self) -> Vec<OsString> {
+        vec![self.point.path.clone().into()]
     }
 
     /// Until somebody unmounts the file.

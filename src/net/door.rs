@@ -1,6 +1,7 @@
 //! The NBD server as a door: listeners in front of a [`Server`].
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::path::absolute;
@@ -86,11 +87,11 @@ impl NetDoor {
 }
 
 impl Door for NetDoor {
-    fn lines(&self) -> Vec<String> {
+    fn lines(&self) -> Vec<OsString> {
         if self.passed {
             return Vec::new();
         }
-        self.places().into_iter().map(|place| place.at.to_string()).collect()
+        self.places().into_iter().map(|place| place.at.into()).collect()
     }
 
     fn watch(&self) -> Watch {

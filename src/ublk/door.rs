@@ -64,8 +64,8 @@ impl UblkDoor {
 }
 
 impl Door for UblkDoor {
-    fn lines(&self) -> Vec<String> {
-        vec![block_path(self.id)]
+    fn lines(&self) -> Vec<OsString> {
+        vec![block_path(self.id).into()]
     }
 
     fn watch(&self) -> Watch {

@@ -16,7 +16,6 @@ use super::holders;
 use super::state;
 use super::wait::is_alive;
 use crate::devices::Row;
-use crate::size;
 use crate::stop::SECOND_AFTER;
 
 /// How long a device that is ending may take.
@@ -47,17 +46,15 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
             State::Dead => "orphan".to_owned(),
             state => state.to_string(),
         };
-        let pid = if state == "live" { record.pid.to_string() } else { "-".to_owned() };
-        let recoverable = if record.recoverable { "yes" } else { "no" };
-        rows.push([
-            block_path(record.id),
-            "ublk".to_owned(),
-            size::human(record.size),
-            state,
-            pid,
-            recoverable.to_owned(),
-            record.source.to_string(),
-        ]);
+        rows.push(Row {
+            path: block_path(record.id).into(),
+            door: "ublk",
+            size: Some(record.size),
+            pid: (state == "live").then_some(record.pid),
+            state: state.into(),
+            recoverable: record.recoverable,
+            source: record.source,
+        });
     }
     Ok(rows)
 }

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::{Created, Error, Health, Name, Pool, Progress, Result, Settings, Share, Status, Verdict, Volume};
 use crate::cli::{PoolWish, UsageError, VolumeAction, VolumeWish};
-use crate::control::command::{json_text, print, printable, table};
+use crate::control::command::{json_text, print, print_path, printable, table};
 use crate::os_text::OsText;
 use crate::size;
 
@@ -70,9 +70,10 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
         }
         VolumeWish::Mount { name } => {
             let path = pool.mount(name, Volume::BY_HAND, &bar)?;
-            say(json, &json!({ "name": name, "path": OsText::from(&path) }), || {
-                format!("{}\n", path.display())
-            })
+            if !json {
+                print_path(&path)?;
+            }
+            say(json, &json!({ "name": name, "path": OsText::from(&path) }), String::new)
         }
         VolumeWish::Unmount { name } => unmount(pool, name, json),
         VolumeWish::Limit { name, change } => {

@@ -19,14 +19,14 @@ mod server;
 mod wire;
 mod work;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::Pool;
+use crate::control::command::print_path;
 use crate::stop::Stop;
 use crate::systemd::{self, PassedSocket};
 use listen::Door;
@@ -52,6 +52,11 @@ pub(crate) fn run(args: &DaemonArgs) -> Result<ExitCode> {
     Pool::make(&args.pool, false)?;
     let mut pool = Pool::open(&args.pool)?;
     if let Some(folder) = &args.mount_root {
+        ensure!(
+            folder.to_str().is_some(),
+            "--mount-root {}: the path is not UTF-8, which Docker's plugin protocol cannot carry; choose another",
+            folder.display()
+        );
         pool.set_mount_root(folder)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -74,7 +79,7 @@ async fn serve(pool: Pool, socket: &Path, passed: Vec<PassedSocket>) -> Result<(
     let looked = Arc::clone(&work);
     tokio::task::spawn_blocking(move || looked.recover());
     // Whoever started us may not want to hear it.
-    let _ = writeln!(std::io::stdout(), "{}", path.display());
+    let _ = print_path(&path);
     tell("READY=1");
     tokio::select! {
         () = server::accept(listener, &work) => {}

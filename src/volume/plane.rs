@@ -224,7 +224,7 @@ pub(super) fn sweep(source: &OsStr) {
         Ok(source) => fuse::shown(&source),
         Err(_) => return,
     };
-    detach::sweep(|attachment| *attachment.source == *shown.to_string_lossy());
+    detach::sweep(|attachment| attachment.source.as_os_str() == shown);
 }
 
 /// Who serves the device of this path, and since when.

@@ -234,7 +234,7 @@ impl Pool {
     fn converge(&self) -> Result<()> {
         self.sweep()?;
         let folder = self.folder();
-        detach::sweep(|attachment| Path::new(&attachment.source).starts_with(folder));
+        detach::sweep(|attachment| attachment.source.as_path().starts_with(folder));
         for (name, record) in self.all()? {
             if let Ok(Record { pending: Some(_), .. }) = record {
                 self.converge_one(&name);
