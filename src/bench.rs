@@ -22,7 +22,6 @@ mod report;
 mod socket;
 mod tally;
 
-use std::io::{self, IsTerminal, Write};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::ScopedJoinHandle;
@@ -66,9 +65,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let (tally, ended) = load(args, &plan, connected)?;
     let report = Report { args, plan: &plan, export: &export, tally: &tally };
     let text = if args.json { report.json() } else { report.text() };
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error.into()),
-        _ => {}
+    if args.json {
+        crate::output::data(&text)?
+    } else {
+        crate::output::text(&text)?
     }
     ended.and_then(|()| report.verdict()).with_context(|| args.uri.to_string())
 }
@@ -121,7 +121,7 @@ fn load(args: &BenchArgs, plan: &Plan, connected: Vec<Connected>) -> Result<(Tal
 async fn watch<T>(handles: &[ScopedJoinHandle<'_, T>], shared: &Shared) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle signals")?;
-    let shown = io::stderr().is_terminal();
+    let shown = crate::output::stderr_is_terminal();
     let (mut last, mut since, mut looks) = (0, Instant::now(), 0);
     let mut tick = tokio::time::interval(WATCH);
     while !handles.iter().all(ScopedJoinHandle::is_finished) {
@@ -135,12 +135,11 @@ async fn watch<T>(handles: &[ScopedJoinHandle<'_, T>], shared: &Shared) -> Resul
             let answered = shared.answered.load(Relaxed);
             let rate = (answered - last) as f64 / since.elapsed().as_secs_f64();
             (last, since) = (answered, Instant::now());
-            // A terminal that is gone is no reason to stop.
-            let _ = write!(io::stderr(), "\r{answered} requests, {rate:.0} IOPS\x1b[K");
+            crate::output::progress(&format!("{answered} requests, {rate:.0} IOPS"));
         }
     }
     if shown && looks >= LOOKS_PER_LINE {
-        let _ = write!(io::stderr(), "\r\x1b[K");
+        crate::output::progress("");
     }
     Ok(())
 }

@@ -29,7 +29,6 @@ mod volumed;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -52,6 +51,7 @@ pub(crate) use values::{
 pub(crate) use volume::{PoolWish, VolumeAction, VolumeWish};
 
 use crate::helper;
+use crate::output;
 use crate::volume::freeze::GUARD_COMMAND;
 
 /// Exit status of a command line that makes no sense.
@@ -310,20 +310,17 @@ pub(crate) fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<(
     // clap panics where it cannot write; into memory it can.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command(), "nbdbridge", &mut script);
-    match std::io::stdout().write_all(&script) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
-    }
+    output::data(&script)
 }
 
 /// Says an error as one line on stderr; gives 2 for a [`UsageError`] and 1 for others.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let line = join_lines(&format!("{error:#}"));
     if error.is::<UsageError>() {
-        eprintln!("nbdbridge: {}", cut_words(&line));
+        output::note(&format!("nbdbridge: {}", cut_words(&line)));
         return ExitCode::from(USAGE_STATUS);
     }
-    eprintln!("nbdbridge: {line}");
+    output::note(&format!("nbdbridge: {line}"));
     ExitCode::FAILURE
 }
 
@@ -340,7 +337,7 @@ fn answer(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE_STATUS));
     }
-    eprintln!("nbdbridge: {}", cut_words(&one_line(error)));
+    output::note(&format!("nbdbridge: {}", cut_words(&one_line(error))));
     ExitCode::from(USAGE_STATUS)
 }
 

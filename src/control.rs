@@ -17,6 +17,7 @@ pub(crate) mod command;
 mod find;
 mod folder;
 mod guests;
+mod peer;
 mod query;
 mod routes;
 mod server;

@@ -14,7 +14,6 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -26,6 +25,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
+use crate::output;
 use crate::pid_file::PidFile;
 use crate::systemd;
 
@@ -87,7 +87,7 @@ pub(crate) fn split() -> Result<Option<Pid>> {
         bail!("a process must be split before it has threads, and there are {threads}");
     }
     // What waits in the buffer would be printed by both.
-    io::stdout().flush().ok();
+    output::flush();
     // SAFETY: the process has one thread (checked above), so that the child starts with no lock held elsewhere
     // and may do anything.
     match unsafe { libc::fork() } {
@@ -177,7 +177,7 @@ impl Ready {
             pid_file.publish()?;
         }
         if !self.silent {
-            print(lines);
+            output::ready(lines);
         }
         if let Some((_, keep_stderr)) = &self.parent {
             leave_terminal(*keep_stderr)?;
@@ -192,17 +192,6 @@ impl Ready {
             None => Ok(()),
         }
     }
-}
-
-/// Prints lines that nobody may want to hear.
-fn print(lines: &[OsString]) {
-    let mut out = io::stdout().lock();
-    for line in lines {
-        if out.write_all(&[line.as_bytes(), b"\n"].concat()).is_err() {
-            break;
-        }
-    }
-    out.flush().ok();
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! `nbdbridge devices`: what is attached on this host, as a table.
 
 use std::borrow::Cow;
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -9,10 +8,10 @@ use serde::Serialize;
 
 use crate::attachment::{Attachment, is_stopped};
 use crate::cli::DevicesArgs;
-use crate::control::command::{json_text, print};
+use crate::control::command::json_text;
 use crate::fuse::{self, Answer, Mounted};
 use crate::os_text::OsText;
-use crate::{size, ublk};
+use crate::{output, size, ublk};
 
 const COLUMNS: usize = 7;
 
@@ -49,20 +48,17 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             rows.extend(all.iter().map(|(attachment, _)| row(attachment)));
             rows.extend(unknown(&all));
             if args.json {
-                return print(&json_text(&rows)?);
+                return output::data(&json_text(&rows)?);
             }
             if rows.is_empty() {
-                eprintln!("nothing is attached");
+                output::note("nothing is attached");
                 return Ok(());
             }
             let cells = rows.iter().map(Row::cells);
             table(&std::iter::once(HEAD.map(str::to_owned)).chain(cells).collect::<Vec<_>>())
         }
     };
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
-    }
+    output::text(&text)
 }
 
 impl Row {
@@ -148,10 +144,11 @@ fn unknown(known: &[(Attachment, PathBuf)]) -> Vec<Row> {
 
 /// Columns as wide as their widest cell; the last one ends where it ends.
 fn table(rows: &[[String; COLUMNS]]) -> String {
+    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| output::plain(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..COLUMNS - 1).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         for (cell, width) in row.iter().zip(&widths) {
             text.push_str(&format!("{cell:<width$}  "));
         }

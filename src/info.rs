@@ -3,12 +3,12 @@
 mod local;
 mod remote;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
 
 use crate::cli::{InfoArgs, Source, UsageError};
+use crate::output;
 use remote::Ask;
 
 /// Tells about a source. The status is that of a failure where it could not be served, and that is all there is to tell.
@@ -38,9 +38,10 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
             told.text
         }
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // A reader that went away (`| head`) is no failure.
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(status),
+    if args.json {
+        output::data(&text)?
+    } else {
+        output::text(&text)?
     }
+    Ok(status)
 }

@@ -1,5 +1,8 @@
 //! `nbdbridge`: a userspace block bridge. This file only hands the command line's wish to whom it concerns.
 
+// What is said leaves through `output`, where it is escaped, and where a failure ends nothing.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod allocator;
 mod assemble;
 mod attach;
@@ -19,6 +22,7 @@ mod info;
 mod io_flusher;
 mod net;
 mod os_text;
+mod output;
 mod patience;
 mod pid_file;
 mod serve;

@@ -34,6 +34,7 @@ fn tool(test: &str, name: &str, args: &[&str]) -> Option<Output> {
     match Command::new(name).args(args).output() {
         Ok(output) => Some(output),
         Err(error) => {
+            #[allow(clippy::disallowed_methods)] // a test's own stderr
             let _ = std::io::stderr().write_all(format!("SKIP: {test}: {name}: {error}\n").as_bytes());
             None
         }

@@ -9,6 +9,9 @@
 //!
 //! This crate knows no NBD, ublk or FUSE, no command line, and no name of a door.
 
+// A library prints nothing: a server may have no stdout or stderr that can be written to.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod admission;
 pub mod backend;
 mod boot;

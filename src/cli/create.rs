@@ -1,7 +1,7 @@
 //! `nbdbridge create`: makes an empty image.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
@@ -12,6 +12,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::UsageError;
 use super::values::{self, AllowBacking, Format};
+use crate::output;
 use crate::size;
 
 /// What to make.
@@ -97,7 +98,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<()> {
     };
     let size = size::full(bytes);
     // The image is made, whether or not somebody listens.
-    let _ = writeln!(io::stdout(), "{}: {} image, {size}", args.path.display(), args.format);
+    let line = output::plain(&format!("{}: {} image, {size}", args.path.display(), args.format));
+    let _ = output::text(&(line + "\n"));
     Ok(())
 }
 

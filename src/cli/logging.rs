@@ -1,11 +1,10 @@
 //! Where log lines go (stderr) and which ones do: warnings, more with `-v`, or what NBDBRIDGE_LOG says.
 
-use std::io::IsTerminal;
-
 use anyhow::Result;
 use tracing_subscriber::EnvFilter;
 
 use super::UsageError;
+use crate::output::{self, Log};
 
 /// The variable that overrides `-v`, in the syntax of RUST_LOG.
 const VARIABLE: &str = "NBDBRIDGE_LOG";
@@ -22,8 +21,10 @@ pub(crate) fn init(verbose: u8) -> Result<()> {
     };
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(Log { coloured: output::stderr_is_terminal() })
+        // Colours come behind the escaping; and a line that cannot be written is `output`'s business.
+        .with_ansi(false)
+        .log_internal_errors(false)
         .with_target(verbose > 1);
     // The journal has its own clock.
     if std::env::var_os("JOURNAL_STREAM").is_some() {

@@ -14,16 +14,23 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::folder;
+use super::peer::Peer;
 use super::wire::Failure;
 
 /// Time for an answer; a server that is well needs a thousandth of it.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// Time for an answer of another user's server.
+const FOREIGN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Time for a change, which storage may have to agree to.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The longest answer that is read: room for a hundred thousand clients.
 const ANSWER_BYTES: usize = 32 << 20;
+
+/// The longest answer of another user's server.
+const FOREIGN_BYTES: usize = 1 << 20;
 
 /// Why there is no answer.
 #[derive(Debug)]
@@ -34,12 +41,30 @@ pub(super) enum CallError {
     Refused(String),
     /// It did not answer, or nothing that makes sense.
     Silent(String),
+    /// Another user listens there, and was asked nothing.
+    Foreign(Peer),
 }
 
 impl CallError {
     fn silent(error: impl ToString) -> Self {
         CallError::Silent(error.to_string())
     }
+}
+
+/// Asks another user's server for what is at `path`. The answer may be shown, and is neither believed nor acted on.
+pub(super) async fn get_foreign<T: DeserializeOwned>(
+    socket: &Path,
+    path: &str,
+) -> Result<(Peer, T), CallError> {
+    let exchanged = async {
+        let stream = UnixStream::connect(socket).await.map_err(CallError::silent)?;
+        let peer = Peer::of(&stream).map_err(CallError::silent)?;
+        let answer = exchange(stream, Method::GET, path, Bytes::new(), FOREIGN_BYTES).await?;
+        Ok((peer, answer))
+    };
+    tokio::time::timeout(FOREIGN_LIMIT, exchanged)
+        .await
+        .unwrap_or_else(|_| Err(CallError::Silent(format!("no answer within {FOREIGN_LIMIT:?}"))))
 }
 
 /// Asks for what is at `path`.
@@ -66,17 +91,17 @@ pub(super) async fn call<T: DeserializeOwned>(
     body: Bytes,
 ) -> Result<T, CallError> {
     let limit = if method == Method::GET { LIMIT } else { CHANGE_LIMIT };
-    tokio::time::timeout(limit, exchange(socket, method, path, body))
+    let exchanged = async {
+        let stream = connect(socket).await?;
+        exchange(stream, method, path, body, ANSWER_BYTES).await
+    };
+    tokio::time::timeout(limit, exchanged)
         .await
         .unwrap_or_else(|_| Err(CallError::Silent(format!("no answer within {limit:?}"))))
 }
 
-async fn exchange<T: DeserializeOwned>(
-    socket: &Path,
-    method: Method,
-    path: &str,
-    body: Bytes,
-) -> Result<T, CallError> {
+/// Connects to a server that is believed.
+async fn connect(socket: &Path) -> Result<UnixStream, CallError> {
     let stream = UnixStream::connect(socket).await.map_err(|error| match error {
         error if folder::is_nobody_there(&error) => {
             folder::remove_stale(socket);
@@ -85,6 +110,17 @@ async fn exchange<T: DeserializeOwned>(
         error if error.kind() == io::ErrorKind::NotFound => CallError::Gone,
         error => CallError::silent(error),
     })?;
+    let peer = Peer::of(&stream).map_err(CallError::silent)?;
+    if peer.is_trusted() { Ok(stream) } else { Err(CallError::Foreign(peer)) }
+}
+
+async fn exchange<T: DeserializeOwned>(
+    stream: UnixStream,
+    method: Method,
+    path: &str,
+    body: Bytes,
+    most: usize,
+) -> Result<T, CallError> {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(CallError::silent)?;
     let request = Request::builder()
         .method(method)
@@ -97,7 +133,7 @@ async fn exchange<T: DeserializeOwned>(
     let answer = async move {
         let response = sender.send_request(request).await.map_err(CallError::silent)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES).collect().await;
+        let body = Limited::new(response.into_body(), most).collect().await;
         read(status, &body.map_err(CallError::silent)?.to_bytes())
     };
     let (answer, _) = tokio::join!(answer, connection);

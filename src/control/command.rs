@@ -1,9 +1,6 @@
 //! `nbdbridge ps`, `stats`, `throttle`, `resize`: ask the servers that are here, and show a person what they say.
 
 use std::ffi::OsStr;
-use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
@@ -16,9 +13,10 @@ use serde_json::json;
 use super::client::{self, CallError};
 use super::find::{self, Server, Servers, Target};
 use super::wire::{
-    ClientReport, ExportStats, LAST_BOUND_US, Limits, OperationCount, ResizeWish, Resized, Throttle,
+    ClientReport, ExportStats, Instance, LAST_BOUND_US, Limits, OperationCount, ResizeWish, Resized, Throttle,
 };
 use crate::cli::{AskAction, LimitsWish, UsageError};
+use crate::output::{self, plain};
 use crate::size::{self, NewSize};
 
 /// Does it.
@@ -47,38 +45,46 @@ pub(crate) fn run(action: &AskAction) -> Result<()> {
 fn ps(servers: &Servers, json: bool) -> Result<()> {
     complain(servers);
     if json {
-        let all: Vec<_> = servers.servers.iter().map(|server| &server.instance).collect();
+        let all = servers.servers.iter().chain(&servers.foreign);
+        let all: Vec<_> = all.map(|server| PsRow { user: server.user, instance: &server.instance }).collect();
         return print_json(&all);
     }
-    if servers.servers.is_empty() {
+    if servers.servers.is_empty() && servers.foreign.is_empty() {
         if servers.silent.is_empty() {
-            eprintln!("{}", find::nobody());
+            output::note(&find::nobody());
         }
         return Ok(());
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let head = ["PID", "EXPORT", "SIZE", "MODE", "CLIENTS", "UP", "SOURCE", "AT"].map(str::to_owned);
     let mut rows = vec![head.to_vec()];
-    for target in servers.targets() {
+    // Only then is it worth a column.
+    let others = !servers.foreign.is_empty();
+    if others {
+        rows[0].insert(1, "USER".to_owned());
+    }
+    for target in servers.targets().chain(find::targets(&servers.foreign)) {
         let instance = &target.server.instance;
         let name = &target.export.name;
         let places = instance.doors.iter().flat_map(|door| &door.places);
-        let at: Vec<_> = places
-            .filter(|place| place.export == *name)
-            .map(|place| printable(&place.at.to_string()))
-            .collect();
-        rows.push(vec![
+        let at: Vec<_> =
+            places.filter(|place| place.export == *name).map(|place| place.at.to_string()).collect();
+        let mut row = vec![
             instance.pid.to_string(),
-            if name.is_empty() { "-".to_owned() } else { printable(name) },
+            if name.is_empty() { "-".to_owned() } else { name.clone() },
             size::human(target.export.size),
             if target.export.read_only { "ro" } else { "rw" }.to_owned(),
             count_clients(target),
             time(now.saturating_sub(instance.started)),
-            printable(&target.export.source.to_string()),
+            target.export.source.to_string(),
             if at.is_empty() { "-".to_owned() } else { at.join(" ") },
-        ]);
+        ];
+        if others {
+            row.insert(1, target.server.user.to_string());
+        }
+        rows.push(row);
     }
-    print(&table(&rows))
+    output::text(&table(&rows))
 }
 
 /// How many, and a mark where not everybody has been asked.
@@ -90,6 +96,14 @@ fn count_clients(target: Target<'_>) -> String {
     let sum: usize = reports().map(of).sum();
     let unsure = reports().any(|report| report.silent_workers > 0);
     if unsure { format!("{sum}+?") } else { sum.to_string() }
+}
+
+#[derive(Serialize)]
+struct PsRow<'a> {
+    /// The number of the user who runs it. All else is what that user says, if it is another one.
+    user: u32,
+    #[serde(flatten)]
+    instance: &'a Instance,
 }
 
 #[derive(Serialize)]
@@ -124,10 +138,10 @@ async fn stats(servers: &Servers, export: Option<&OsStr>, json: bool) -> Result<
         return print_json(&rows);
     }
     if all.is_empty() && servers.silent.is_empty() {
-        eprintln!("{}", find::nobody());
+        output::note(&find::nobody());
     }
     let blocks: Vec<_> = all.iter().map(|(target, stats)| stats_text(*target, stats)).collect();
-    print(&blocks.join("\n"))
+    output::text(&blocks.join("\n"))
 }
 
 fn stats_text(target: Target<'_>, stats: &ExportStats) -> String {
@@ -139,7 +153,7 @@ fn stats_text(target: Target<'_>, stats: &ExportStats) -> String {
             rows.push(stats_row(operation.name(), count));
         }
     }
-    let title = format!("{}  {}\n", printable(&target.id()), printable(&target.export.source.to_string()));
+    let title = format!("{}  {}\n", plain(&target.id()), plain(&target.export.source.to_string()));
     if rows.len() == 1 { title + "no requests yet\n" } else { title + &table(&rows) }
 }
 
@@ -168,7 +182,7 @@ async fn throttle(target: Target<'_>, group: Option<&str>, wish: &LimitsWish, js
         }
     };
     let answer = answer.map_err(|error| explain(target.server, error))?;
-    if json { print_json(&answer) } else { print(&limits_text(&answer)) }
+    if json { print_json(&answer) } else { output::text(&limits_text(&answer)) }
 }
 
 /// Lines that read like the words that make them so.
@@ -180,7 +194,7 @@ fn limits_text(throttle: &Throttle) -> String {
         limits.iter().map(|(key, value)| format!("{prefix}{key}={value}\n")).collect()
     };
     let groups = throttle.groups.iter();
-    let shared = groups.map(|(name, limits)| lines(&format!("group={} ", printable(name)), limits));
+    let shared = groups.map(|(name, limits)| lines(&format!("group={} ", plain(name)), limits));
     let own = match (throttle.limits.is_empty(), throttle.groups.is_empty()) {
         (true, false) => "no limits of its own\n".to_owned(),
         _ => lines("", &throttle.limits),
@@ -197,11 +211,11 @@ async fn resize(target: Target<'_>, size: NewSize, json: bool) -> Result<()> {
         return print_json(&resized);
     }
     let (size, was) = (size::human(resized.size), size::human(resized.old_size));
-    let id = printable(&target.id());
+    let id = plain(&target.id());
     let by_nbd = target.server.instance.doors.iter().any(|door| door.kind == "net");
     let seen = if by_nbd { "; NBD clients see it when they connect again" } else { "" };
-    let fixed: String = resized.fixed.iter().map(|line| printable(line) + "\n").collect();
-    print(&format!("{id} is {size} now (was {was}){seen}\n{fixed}"))
+    let fixed: String = resized.fixed.iter().map(|line| plain(line) + "\n").collect();
+    output::text(&format!("{id} is {size} now (was {was}){seen}\n{fixed}"))
 }
 
 /// Where `export` is asked about `what`.
@@ -218,18 +232,21 @@ fn explain(server: &Server, error: CallError) -> anyhow::Error {
         CallError::Silent(why) => {
             anyhow!("process {pid} does not answer at {}: {why}", server.socket.display())
         }
+        CallError::Foreign(peer) => {
+            anyhow!("{}: user {} listens there now, and is not asked", server.socket.display(), peer.uid)
+        }
     }
 }
 
 /// Says on stderr who does not answer.
 fn complain(servers: &Servers) {
     for line in &servers.silent {
-        eprintln!("nbdbridge: {line}");
+        output::note(&format!("nbdbridge: {line}"));
     }
 }
 
 fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&json_text(value)?)
+    output::data(&json_text(value)?)
 }
 
 /// JSON for programs, and for people who look at it.
@@ -237,41 +254,22 @@ pub(crate) fn json_text(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
-/// Writes to stdout; a reader that has enough (`| head`) is no failure.
-pub(crate) fn print(text: &str) -> Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
-        _ => Ok(()),
-    }
-}
-
-/// Writes a path to stdout, for scripts: its bytes, and a line break.
-pub(crate) fn print_path(path: &Path) -> Result<()> {
-    match io::stdout().write_all(&[path.as_os_str().as_bytes(), b"\n"].concat()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
-        _ => Ok(()),
-    }
-}
-
-/// Columns as wide as they must be, two blanks apart.
+/// Columns as wide as they must be, two blanks apart. Line breaks and other control characters in cells are escaped.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| plain(cell)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');
     }
     text
-}
-
-/// A name that cannot play tricks with the terminal.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// A power of two in microseconds, for people.
@@ -311,7 +309,7 @@ mod tests {
 
     #[test]
     fn tables_are_aligned_and_harmless() {
-        let rows = [vec!["A".to_owned(), "B".to_owned()], vec![printable("x\x1b[2J"), "y".to_owned()]];
+        let rows = [vec!["A".to_owned(), "B".to_owned()], vec!["x\x1b[2J".to_owned(), "y".to_owned()]];
         assert_eq!(table(&rows), "A           B\nx\\u{1b}[2J  y\n");
         let limits = |pairs: &[(&str, u64)]| pairs.iter().map(|(key, n)| ((*key).to_owned(), *n)).collect();
         let groups = [("g", limits(&[("bps-read", 7)])), ("h\n", limits(&[]))];

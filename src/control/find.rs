@@ -5,15 +5,20 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 
 use super::client::{self, CallError};
-use super::folder;
+use super::folder::{self, Found};
+use super::peer::Peer;
 use super::wire::{ExportInfo, Instance};
 use crate::os_text::OsText;
+
+/// Sockets of other users in one folder that are asked at most.
+const MOST_FOREIGN: usize = 64;
 
 /// Names listed in an error.
 const LISTED: usize = 8;
@@ -22,6 +27,8 @@ const LISTED: usize = 8;
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) socket: PathBuf,
+    /// The number of the user who runs it.
+    pub(super) user: u32,
     pub(super) instance: Instance,
 }
 
@@ -30,7 +37,10 @@ pub(super) struct Server {
 pub(super) struct Servers {
     /// In the order of their process numbers.
     pub(super) servers: Vec<Server>,
-    /// A line for each that does not answer.
+    /// Those of other users, for root to see: what they say of themselves, with the kernel's word for the process. Nothing
+    /// is ever looked for among them.
+    pub(super) foreign: Vec<Server>,
+    /// A line for each that does not answer, or is not asked.
     pub(super) silent: Vec<String>,
 }
 
@@ -68,35 +78,83 @@ fn of_services(run: &Path) -> Vec<PathBuf> {
 /// One line for a folder that cannot be looked into.
 pub(super) async fn servers() -> Result<Servers> {
     let mut asked = JoinSet::new();
+    let mut found = Servers::default();
     for folder in folders() {
-        for (pid, socket) in folder::sockets(&folder)? {
-            asked.spawn(async move {
-                let answer = client::get::<Instance>(&socket, "/v1/instance").await;
-                (pid, socket, answer)
-            });
+        let sockets = folder::sockets(&folder)?;
+        let foreign = sockets.iter().filter(|socket| !socket.trusted).count();
+        if foreign > MOST_FOREIGN {
+            let more = foreign - MOST_FOREIGN;
+            found.silent.push(format!("{}: {more} more sockets of another user", folder.display()));
+        }
+        let (own, others): (Vec<_>, Vec<_>) = sockets.into_iter().partition(|socket| socket.trusted);
+        for socket in own.into_iter().chain(others.into_iter().take(MOST_FOREIGN)) {
+            asked.spawn(ask(socket));
         }
     }
-    let mut found = Servers::default();
-    for (pid, socket, answer) in asked.join_all().await {
+    for answer in asked.join_all().await {
         match answer {
-            Ok(instance) => found.servers.push(Server { socket, instance }),
-            Err(CallError::Gone) => {}
-            Err(CallError::Refused(why) | CallError::Silent(why)) => {
-                found.silent.push(format!("process {pid} does not answer at {}: {why}", socket.display()));
-            }
+            Answer::Own(server) => found.servers.push(server),
+            Answer::Foreign(server) => found.foreign.push(server),
+            Answer::Silent(line) => found.silent.push(line),
+            Answer::Gone => {}
         }
     }
     found.servers.sort_by_key(|server| server.instance.pid);
+    found.foreign.sort_by_key(|server| server.instance.pid);
     found.silent.sort();
     Ok(found)
+}
+
+/// What came of asking at a socket.
+enum Answer {
+    Own(Server),
+    Foreign(Server),
+    Silent(String),
+    Gone,
+}
+
+async fn ask(Found { pid, path: socket, trusted }: Found) -> Answer {
+    let shown = socket.display();
+    if trusted {
+        match client::get::<Instance>(&socket, "/v1/instance").await {
+            Ok(instance) => {
+                let user = std::fs::symlink_metadata(&socket).map_or(0, |found| found.uid());
+                return Answer::Own(Server { socket, user, instance });
+            }
+            Err(CallError::Gone) => return Answer::Gone,
+            Err(CallError::Refused(why) | CallError::Silent(why)) => {
+                return Answer::Silent(format!("process {pid} does not answer at {shown}: {why}"));
+            }
+            // Shown below, where that may be.
+            Err(CallError::Foreign(_)) => {}
+        }
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Answer::Silent(format!("{shown}: another user listens there, and is not asked"));
+    }
+    match client::get_foreign::<Instance>(&socket, "/v1/instance").await {
+        Ok((Peer { uid, pid: by_kernel }, instance)) => {
+            let instance = Instance { pid: by_kernel.unwrap_or(pid), ..instance };
+            Answer::Foreign(Server { socket, user: uid, instance })
+        }
+        Err(CallError::Refused(why) | CallError::Silent(why)) => {
+            Answer::Silent(format!("another user's server does not answer at {shown}: {why}"))
+        }
+        Err(CallError::Gone | CallError::Foreign(_)) => Answer::Gone,
+    }
+}
+
+/// Every export of every one of these processes.
+pub(super) fn targets(servers: &[Server]) -> impl Iterator<Item = Target<'_>> + Clone {
+    servers
+        .iter()
+        .flat_map(|server| server.instance.exports.iter().map(move |export| Target { server, export }))
 }
 
 impl Servers {
     /// Every export of every process.
     pub(super) fn targets(&self) -> impl Iterator<Item = Target<'_>> + Clone {
-        self.servers
-            .iter()
-            .flat_map(|server| server.instance.exports.iter().map(move |export| Target { server, export }))
+        targets(&self.servers)
     }
 
     /// Those that `text` means: all exports of a process where it is the number of one, else as [`Servers::find`].
@@ -146,6 +204,18 @@ impl Servers {
         let several = self.of_process(text);
         if !several.is_empty() {
             bail!("process {shown} has {} exports; say which: {}", several.len(), list(&several));
+        }
+        let claims = |target: &Target<'_>| {
+            *target.export.name == *text
+                || target.is_numbered(text)
+                || *target.server.instance.pid.to_string() == *text
+        };
+        if let Some(other) = targets(&self.foreign).find(claims) {
+            let Server { user, instance, .. } = other.server;
+            bail!(
+                "`{shown}`: process {} of user {user} says that it serves that; run this as that user",
+                instance.pid
+            );
         }
         let all: Vec<_> = self.targets().collect();
         match (&all[..], &self.silent[..]) {
@@ -212,7 +282,7 @@ mod tests {
         });
         let instance =
             Instance { pid, version: "1".into(), started: 0, exports: exports.collect(), doors: vec![door] };
-        Server { socket: PathBuf::new(), instance }
+        Server { socket: PathBuf::new(), user: 0, instance }
     }
 
     #[test]
@@ -227,7 +297,7 @@ mod tests {
                 server(13, &[("10", "/srv/c.img", "/mnt/file"), ("", "null:1", "")]),
                 server(14, &[("a", "mem:5", ""), ("c", "mem:6", "")]),
             ],
-            silent: Vec::new(),
+            ..Servers::default()
         };
         for (text, id) in [
             ("b", "10:b"),
@@ -291,7 +361,7 @@ mod tests {
         assert!(line.contains("process 7") && line.contains("none"), "{line}");
         let exports: Vec<(String, &str, &str)> = (0..20).map(|n| (format!("e{n}"), "s", "")).collect();
         let exports: Vec<_> = exports.iter().map(|(name, s, at)| (name.as_str(), *s, *at)).collect();
-        let many = Servers { servers: vec![server(1, &exports)], silent: Vec::new() };
+        let many = Servers { servers: vec![server(1, &exports)], ..Servers::default() };
         let line = many.find(OsStr::new("x")).unwrap_err().to_string();
         assert!(line.contains("and 12 more"), "{line}");
     }

@@ -7,16 +7,22 @@
 //! | a service of `contrib/systemd` | `/run/nbdbridge-NAME` (by that variable); root looks there too |
 //! | a user | `$XDG_RUNTIME_DIR/nbdbridge`, else `/run/user/UID/nbdbridge`, else `/tmp/nbdbridge-UID` |
 //!
-//! A process that was killed leaves its socket behind; whoever finds that nobody listens there removes it.
+//! A folder of another user is not used, and a socket at which another user listens is asked nothing; root is shown what
+//! such servers say of themselves, and does nothing with it. A process that was killed leaves its socket behind; whoever
+//! finds that nobody listens there removes it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fstat, statat};
+use rustix::io::Errno;
+
+use super::peer::is_trusted;
 
 /// The variable that names another folder.
 const VARIABLE: &str = "NBDBRIDGE_RUNTIME_DIR";
@@ -134,26 +140,49 @@ fn make(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The sockets in `folder`, each with its process's number, in the order of these. Whether anybody listens shows when
-/// one connects.
+/// A socket's file in a folder.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Found {
+    /// The process's number, by the file's name.
+    pub(super) pid: u32,
+    pub(super) path: PathBuf,
+    /// Folder and socket are ours or root's. Else what is said there is not believed.
+    pub(super) trusted: bool,
+}
+
+/// The sockets in `folder`, in the order of their processes' numbers. Whether anybody listens shows when one connects. A
+/// folder of another user is for root alone to look into.
 ///
 /// # Errors
 /// One line that names the folder.
-pub(super) fn sockets(folder: &Path) -> Result<Vec<(u32, PathBuf)>> {
+pub(super) fn sockets(folder: &Path) -> Result<Vec<Found>> {
     let shown = folder.display();
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    let there = match rustix::fs::open(folder, flags, Mode::empty()) {
+        Ok(there) => there,
+        Err(Errno::NOENT) => return Ok(Vec::new()),
+        Err(Errno::ACCESS) => {
             bail!("{shown}: no permission; a server is shown to the user who started it, and to root")
         }
         Err(error) => return Err(error).with_context(|| format!("{shown}: cannot look into it")),
     };
-    let mut sockets: Vec<(u32, PathBuf)> = entries
+    let owner = fstat(&there).with_context(|| format!("{shown}: cannot look at it"))?.st_uid;
+    ensure!(
+        is_trusted(owner) || rustix::process::geteuid().is_root(),
+        "{shown}: belongs to user {owner}, so that nothing in it is believed; set {VARIABLE} to a folder of your own"
+    );
+    let entries = Dir::read_from(&there).with_context(|| format!("{shown}: cannot look into it"))?;
+    let mut sockets: Vec<Found> = entries
         .filter_map(|entry| {
-            let path = entry.ok()?.path();
-            let pid = path.file_name()?.to_str()?.strip_suffix(".sock")?.parse().ok()?;
-            Some((pid, path))
+            let entry = entry.ok()?;
+            let name = entry.file_name();
+            let pid = name.to_str().ok()?.strip_suffix(".sock")?.parse().ok()?;
+            // A link, which may lead to another server, is none of ours.
+            let found = statat(&there, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            let is_socket = FileType::from_raw_mode(found.st_mode) == FileType::Socket;
+            let trusted = is_trusted(owner) && is_trusted(found.st_uid);
+            let path = folder.join(OsStr::from_bytes(name.to_bytes()));
+            is_socket.then_some(Found { pid, path, trusted })
         })
         .collect();
     sockets.sort();
@@ -203,7 +232,8 @@ mod tests {
         let folder = parent.path().join("new");
         let (_listener, socket) = OwnSocket::bind(&folder).unwrap();
         assert_eq!((mode(&folder), mode(socket.path())), (0o700, 0o600));
-        assert_eq!(sockets(&folder).unwrap(), [(std::process::id(), socket.path().to_owned())]);
+        let found = Found { pid: std::process::id(), path: socket.path().to_owned(), trusted: true };
+        assert_eq!(sockets(&folder).unwrap(), [found]);
         drop(socket);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     }
@@ -234,6 +264,6 @@ mod tests {
         }
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 2);
         assert_eq!(sockets(&parent.path().join("no")).unwrap(), []);
-        assert!(sockets(&file).is_err());
+        assert!(sockets(&file).is_err() && sockets(&link).is_err());
     }
 }

@@ -90,6 +90,9 @@ impl Served {
             CallError::Gone => anyhow!("process {} has just ended", self.pid),
             CallError::Refused(line) => anyhow!("process {}: {line}", self.pid),
             CallError::Silent(why) => anyhow!("process {} does not answer: {why}", self.pid),
+            CallError::Foreign(peer) => {
+                anyhow!("{}: user {} listens there, and is not asked", self.socket.display(), peer.uid)
+            }
         })
     }
 }

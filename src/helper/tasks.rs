@@ -81,6 +81,8 @@ pub(crate) fn run(words: &[OsString]) -> Result<ExitCode> {
             format!("-{errno} {error:#}").into_bytes()
         }
     };
+    // A frame for the process that started this one, and no text for people.
+    #[expect(clippy::disallowed_methods)]
     let told = io::stdout().write_all(&framed(&answer)).and_then(|()| io::stdout().flush());
     if let Some(device) = undecided {
         // The end of the pipe is the end of the process that would have served the device.

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::cli::{InfoArgs, Source};
 use crate::os_text::OsText;
-use crate::{assemble, size};
+use crate::{assemble, output, size};
 
 /// A named fact. The name is JSON's; people see it with blanks.
 struct Fact {
@@ -176,7 +176,7 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
     let mut text = String::new();
     for Fact { name, value } in facts {
         let name = format!("{}:", name.replace('-', " "));
-        let mut line = |value: &str| text.push_str(&format!("{name:<17}{value}\n"));
+        let mut line = |value: &str| text.push_str(&format!("{name:<17}{}\n", output::plain(value)));
         match value {
             Value::Text(value) => line(value),
             Value::Place(value) => line(&value.to_string()),
@@ -190,7 +190,7 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
             Value::Partitions(table) => {
                 line(scheme_name(table));
                 for Partition { number, start, len, kind, name } in &table.partitions {
-                    let (size, name) = (size::human(*len), name.escape_debug());
+                    let (size, name) = (size::human(*len), output::plain(name));
                     text.push_str(&format!("{number:>16} {size} from byte {start}, type {kind} {name}\n"));
                 }
             }

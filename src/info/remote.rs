@@ -8,6 +8,7 @@ use bridge::{Backend, ExtentKind, Flags};
 use nbd_proto::uri::Uri;
 use nbd_proto::{ClientError, ExportInfo, Goal, Listed, TransmissionFlags};
 
+use crate::output;
 use crate::size;
 
 /// What there is to be told.
@@ -54,11 +55,10 @@ fn export_as_text(listed: &Listed) -> String {
         Ok(info) => {
             writeln!(text, "export {:?}: {}", listed.name, size::full(info.size))
         }
-        Err(error) => writeln!(text, "export {:?}: {error}", listed.name),
+        Err(error) => writeln!(text, "export {:?}: {}", listed.name, output::plain(&error.to_string())),
     };
     if let Some(description) = &listed.description {
-        let plain: String = description.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        let _ = writeln!(text, "  description: {plain}");
+        let _ = writeln!(text, "  description: {}", output::plain(description));
     }
     if let Ok(info) = &listed.info {
         let can = abilities(info).filter(|(_, can)| *can).map(|(name, _)| name).collect::<Vec<_>>();
@@ -68,7 +68,7 @@ fn export_as_text(listed: &Listed) -> String {
         let _ = writeln!(text, "  blocks:      minimum {min}, preferred {preferred}, maximum {max}{told}");
     }
     if !listed.contexts.is_empty() {
-        let _ = writeln!(text, "  contexts:    {}", listed.contexts.join(" "));
+        let _ = writeln!(text, "  contexts:    {}", output::plain(&listed.contexts.join(" ")));
     }
     text
 }
@@ -206,6 +206,6 @@ mod tests {
         };
         let text = export_as_text(&listed);
         assert!(!text.trim_end().replace('\n', "").chars().any(char::is_control), "{text:?}");
-        assert!(text.contains("requires TLS") && text.contains("x y"), "{text}");
+        assert!(text.contains("requires TLS") && text.contains("x\\ny"), "{text}");
     }
 }

@@ -2,7 +2,6 @@
 
 mod storage;
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -14,8 +13,9 @@ use serde_json::json;
 
 use super::{Created, Error, Health, Name, Pool, Progress, Result, Settings, Share, Status, Verdict, Volume};
 use crate::cli::{PoolWish, UsageError, VolumeAction, VolumeWish};
-use crate::control::command::{json_text, print, print_path, printable, table};
+use crate::control::command::{json_text, table};
 use crate::os_text::OsText;
+use crate::output;
 use crate::size;
 
 /// Does it.
@@ -33,7 +33,7 @@ pub(crate) fn run(action: &VolumeAction) -> anyhow::Result<()> {
         pool.set_mount_root(folder).map_err(explain)?;
     }
     let text = act(&mut pool, action).map_err(explain)?;
-    print(&text)
+    if action.json { output::data(&text) } else { output::text(&text) }
 }
 
 fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
@@ -71,7 +71,7 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
         VolumeWish::Mount { name } => {
             let path = pool.mount(name, Volume::BY_HAND, &bar)?;
             if !json {
-                print_path(&path)?;
+                output::place(path.as_os_str())?;
             }
             say(json, &json!({ "name": name, "path": OsText::from(&path) }), String::new)
         }
@@ -178,7 +178,7 @@ fn row(status: &Status) -> Vec<String> {
 fn health_text(health: &Health) -> String {
     match health {
         Health::Ok => "ok".to_owned(),
-        Health::Bad(line) => printable(line),
+        Health::Bad(line) => line.clone(),
     }
 }
 
@@ -187,7 +187,7 @@ fn describe(status: &Status) -> String {
     let mut rows = Vec::new();
     let mut put = |key: &str, value: Option<String>| {
         if let Some(value) = value {
-            rows.push(vec![format!("{key}:"), printable(&value)]);
+            rows.push(vec![format!("{key}:"), value]);
         }
     };
     let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string());
@@ -286,7 +286,7 @@ struct Bar(Mutex<Option<ProgressBar>>);
 impl Bar {
     /// Shows nothing where nobody looks.
     fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
+        let bar = output::stderr_is_terminal().then(ProgressBar::new_spinner);
         if let Some(bar) = &bar {
             bar.enable_steady_tick(Duration::from_millis(100));
         }

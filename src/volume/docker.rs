@@ -26,7 +26,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use super::Pool;
-use crate::control::command::print_path;
+use crate::output;
 use crate::stop::Stop;
 use crate::systemd::{self, PassedSocket};
 use listen::Door;
@@ -79,7 +79,7 @@ async fn serve(pool: Pool, socket: &Path, passed: Vec<PassedSocket>) -> Result<(
     let looked = Arc::clone(&work);
     tokio::task::spawn_blocking(move || looked.recover());
     // Whoever started us may not want to hear it.
-    let _ = print_path(&path);
+    let _ = output::place(path.as_os_str());
     tell("READY=1");
     tokio::select! {
         () = server::accept(listener, &work) => {}

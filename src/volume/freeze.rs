@@ -154,6 +154,8 @@ pub(crate) fn guard(point: &Path, limit: Duration) -> Result<()> {
         // SAFETY: ignoring a signal runs no code of ours; this process has no handler for it.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
+    // A pipe to whoever started it, and no words for people.
+    #[allow(clippy::disallowed_methods)]
     let mut out = io::stdout();
     let folder = match File::open(point).map_err(|error| error.to_string()).and_then(|folder| {
         // Less is left to be written while everybody waits.

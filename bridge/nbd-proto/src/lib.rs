@@ -24,6 +24,9 @@
 //!
 //! [spec]: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
 
+// A library prints nothing: a server may have no stdout or stderr that can be written to.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod chunk;
 mod client;
 mod consts;

@@ -65,6 +65,7 @@ pub fn on_every_stack(kinds: &[Kind], check: impl AsyncFn(Disk)) {
                 // Not by `eprintln`, which the test harness keeps to itself where a test passes.
                 Err(reason) => {
                     let line = format!("SKIPPED on {}: {reason}\n", stack.name);
+                    #[allow(clippy::disallowed_methods)] // a test's own stderr
                     let _ = std::io::stderr().write_all(line.as_bytes());
                 }
             }

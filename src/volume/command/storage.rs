@@ -5,7 +5,8 @@ use std::fmt::Write;
 use serde_json::json;
 
 use super::say;
-use crate::control::command::{printable, table};
+use crate::control::command::table;
+use crate::output::plain;
 use crate::size::{NewSize, human};
 use crate::volume::{Name, Pool, Progress, Resized, Result, Taken};
 
@@ -23,7 +24,7 @@ pub(super) fn resize(
         let was = if old_size == size { String::new() } else { format!(" (was {})", human(*old_size)) };
         let mut text = format!("{name}: {} now{was}\n", human(*size));
         if let Some(why) = later {
-            let _ = writeln!(text, "its users see that when it is next mounted: {}", printable(why));
+            let _ = writeln!(text, "its users see that when it is next mounted: {}", plain(why));
         }
         text
     })

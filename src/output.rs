@@ -1,0 +1,128 @@
+//! The exits for words: everything that this program writes to stdout and stderr leaves through here.
+//!
+//! | exit | for | control characters |
+//! |---|---|---|
+//! | [`text`] | results for people | escaped |
+//! | [`data`] | JSON and other text for programs | as they are |
+//! | [`place`], [`ready`] | where something is found, for scripts | escaped on a terminal alone |
+//! | [`note`] | lines on stderr | escaped |
+//! | `log` | log lines on stderr | escaped |
+//!
+//! Names inside images, names of processes and answers of other servers may hold escapes for a terminal; they need no care
+//! elsewhere. A line on stderr that cannot be written is counted and dropped: it ends no process and blocks none.
+
+#![allow(clippy::disallowed_methods)] // the one place that may name the standard streams
+
+mod log;
+mod stderr;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::{Context, Result};
+
+pub(crate) use log::Log;
+
+/// Writes text for people to stdout; a reader that has enough (`| head`) is no failure.
+///
+/// # Errors
+/// Standard output's.
+pub(crate) fn text(text: &str) -> Result<()> {
+    data(escape(text, |c| c == '\n'))
+}
+
+/// Writes text for programs to stdout, as it is; a reader that has enough is no failure.
+///
+/// # Errors
+/// Standard output's.
+pub(crate) fn data(text: impl AsRef<[u8]>) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_ref()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a place to stdout as a line, for a script byte by byte; a reader that has enough is no failure.
+///
+/// # Errors
+/// Standard output's.
+pub(crate) fn place(place: &OsStr) -> Result<()> {
+    data(line_for_scripts(place))
+}
+
+/// Writes places to stdout that nobody may want to read: a failure is none of the server's.
+pub(crate) fn ready(places: &[OsString]) {
+    let lines: Vec<Vec<u8>> = places.iter().map(|place| line_for_scripts(place)).collect();
+    let _ = data(lines.concat());
+}
+
+fn line_for_scripts(place: &OsStr) -> Vec<u8> {
+    let mut line = if io::stdout().is_terminal() {
+        plain(&place.to_string_lossy()).into_bytes()
+    } else {
+        place.as_bytes().to_owned()
+    };
+    line.push(b'\n');
+    line
+}
+
+/// Writes a line to stderr.
+pub(crate) fn note(line: &str) {
+    stderr::note(&plain(line));
+}
+
+/// Shows progress on a terminal, in place of what was shown before: "" for none.
+pub(crate) fn progress(line: &str) {
+    // A terminal that is gone is no reason to stop.
+    let _ = write!(io::stderr(), "\r{}\x1b[K", plain(line));
+}
+
+/// Returns whether stderr is a terminal.
+pub(crate) fn stderr_is_terminal() -> bool {
+    io::stderr().is_terminal()
+}
+
+/// Writes out what is left in stdout's buffer.
+pub(crate) fn flush() {
+    let _ = io::stdout().flush();
+}
+
+/// Returns one line, or a part of one, with every character escaped that a terminal would act on.
+pub(crate) fn plain(text: &str) -> String {
+    escape(text, |_| false)
+}
+
+/// Escapes control characters, line breaks among them, and those that change the direction of text, except where `keep`
+/// says so.
+fn escape(text: &str, keep: impl Fn(char) -> bool) -> String {
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if acts(c) && !keep(c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_acts_on_is_escaped() {
+        assert_eq!(
+            plain("a\x1b[2Jb\r\n\u{9b}31m\u{202e}\x7f"),
+            "a\\u{1b}[2Jb\\r\\n\\u{9b}31m\\u{202e}\\u{7f}"
+        );
+        assert_eq!(plain("Grüße, C:\\x {} \u{1f600}"), "Grüße, C:\\x {} \u{1f600}");
+        assert_eq!(escape("a\x1bb\nc\n", |c| c == '\n'), "a\\u{1b}b\nc\n");
+    }
+}
