@@ -4,6 +4,8 @@
 // Clippy's exception for tests does not reach their helpers.
 #![allow(clippy::unwrap_used)]
 
+#[path = "image/clusters.rs"]
+mod clusters;
 #[path = "image/crash.rs"]
 mod crash;
 #[path = "image/hostile.rs"]

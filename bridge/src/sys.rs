@@ -87,6 +87,16 @@ pub(crate) fn device_size(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(size)
 }
 
+/// Number of the disk that a block device is, or is part of, which the kernel uses once (`BLKGETDISKSEQ`, linux/fs.h).
+pub(crate) fn disk_sequence(fd: impl AsFd) -> Result<u64, Errno> {
+    const BLKGETDISKSEQ: libc::Ioctl = request(rustix::ioctl::opcode::read::<u64>(0x12, 128));
+    let mut number = 0_u64;
+    // SAFETY: BLKGETDISKSEQ stores a u64 through its argument.
+    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), BLKGETDISKSEQ, &raw mut number) };
+    check(result)?;
+    Ok(number)
+}
+
 /// Whether a block device refuses writes (`BLKROGET`).
 pub(crate) fn device_read_only(fd: impl AsFd) -> Result<bool, Errno> {
     const BLKROGET: libc::Ioctl = request(rustix::ioctl::opcode::none(0x12, 94));

@@ -35,6 +35,7 @@ use crate::{
 };
 
 pub use open::create;
+pub(super) use space::length;
 
 /// How a file is opened and used.
 #[derive(Clone, Debug, PartialEq, Eq)]

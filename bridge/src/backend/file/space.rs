@@ -1,5 +1,7 @@
 //! The size of a plain file, and the space that it takes. Block devices have the size they have.
 
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
@@ -7,7 +9,16 @@ use rustix::io::Errno;
 
 use super::aio::in_pool;
 use super::{Disk, Kind};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, sys};
+
+/// The length of a plain file or the size of a block device, in bytes. For a device stat(2) says 0.
+///
+/// # Errors
+/// That of fstat(2), or of the device.
+pub(in crate::backend) fn length(file: &File) -> std::io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() { Ok(sys::device_size(file)?) } else { Ok(metadata.len()) }
+}
 
 impl Disk {
     /// See [`crate::Backend::grow`]. Never makes the file shorter, whatever somebody else has done to it.

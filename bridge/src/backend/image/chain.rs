@@ -20,7 +20,7 @@ use super::places::Places;
 use super::probe::{ImageFormat, probe};
 use super::recover::{Opened, Subject};
 use super::{ImageOptions, Parts};
-use crate::backend::file::{FileBackend, FileOptions};
+use crate::backend::file::{FileBackend, FileOptions, length};
 use crate::{Backend, OpenError};
 
 type Result<T> = std::result::Result<T, OpenError>;
@@ -199,14 +199,19 @@ impl<'a> Files<'a> {
             self.data_descriptor = Some(file.file().clone());
         }
         let number = self.number(path)?;
-        let size = file.file().metadata().map_or(0, |metadata| metadata.len());
+        let descriptor = file.file().clone();
+        let size = length(&descriptor).map_err(|source| OpenError::Os {
+            path: path.to_owned(),
+            action: "cannot learn its size",
+            error: source,
+        })?;
         self.descriptors.resize(self.open.len(), None);
         self.descriptors.push(Some(file.file().clone()));
         let file: Arc<dyn Backend> = Arc::new(file);
         self.open.push(file.clone());
         Ok(match read_only {
             true => Host::read_only(path, number, file, size),
-            false => Host::writable(path, number, file, size),
+            false => Host::writable(path, number, file, size).on_device(descriptor),
         })
     }
 

@@ -5,8 +5,9 @@ use imago::Storage;
 
 use super::engine::{Engine, malformed};
 use super::host::Host;
-use crate::Result;
+use crate::backend::file::length;
 use crate::ranges::{Mode, RangeLock};
+use crate::{Error, Result};
 
 /// The largest cluster that there is, in bytes.
 const MAX_CLUSTER: u64 = 2 << 20;
@@ -38,7 +39,7 @@ impl Engine {
         let length = match &self.shared.data_descriptor {
             // In a file of its own, data lies where the disk has it.
             Some(_) if self.data_file.is_some() => self.image.size(),
-            Some(file) => file.metadata().map_or(0, |metadata| metadata.len()),
+            Some(file) => length(file).unwrap_or(0),
             None => self.data().file().geometry().size,
         };
         self.seen_length.set(length.checked_next_multiple_of(self.cluster).unwrap_or(length));
@@ -56,7 +57,14 @@ impl Engine {
 
     /// Looks at the place of a new cluster. Nothing that imago has in mind may go to the file where it is wrong.
     pub(super) fn check_new_place(&self, file: u8, start: u64, end: u64) -> Result<()> {
-        let far = self.look_at_length().saturating_add(MAX_AHEAD);
+        let held = self.look_at_length();
+        if self.data().device_end().is_some_and(|size| end > size) {
+            return Err(Error::from_errno(
+                rustix::io::Errno::NOSPC,
+                "the device that the image is on is full",
+            ));
+        }
+        let far = held.saturating_add(MAX_AHEAD);
         if end > far {
             self.top.give_up("it has space reserved far past the end of its file");
             return Err(malformed("space past the end of its file"));

@@ -173,11 +173,15 @@ impl Engine {
         let mut runs = 0;
         while at < end {
             let (segment, count) = self.look(at, end - at).await?;
-            // Backing images may have smaller clusters.
+            // Backing images may have smaller clusters: what a cluster begins with says nothing of its rest. One part that
+            // is not zero decides for all of its cluster.
             let stop = (at + count).next_multiple_of(self.cluster).min(end);
             let first = at - at % self.cluster;
             match segment {
-                Segment::Zero { .. } => {}
+                Segment::Zero { .. } => {
+                    at += count;
+                    continue;
+                }
                 Segment::File { .. } | Segment::Special if self.version >= 3 => {
                     if runs == RUNS_ALONE {
                         alone = None;
@@ -195,8 +199,8 @@ impl Engine {
                     drop(held);
                     if space == Space::Free && self.backing.is_none() {
                         let _alone = self.gate.write().await;
+                        self.commit_before_change(first).await?;
                         self.set_dirty();
-                        self.freed.set(true);
                         discard_to_backing(&self.image, first, stop - first)
                             .await
                             .map_err(|error| from_io(&error))?;
@@ -217,18 +221,33 @@ impl Engine {
         Ok(())
     }
 
+    /// Makes a range read as zeroes that becomes part of the disk, for whoever holds an exclusive lock on it: a longer
+    /// backing image must not show there.
+    pub(super) async fn hide(&self, start: u64, end: u64) -> Result<()> {
+        let whole = start.next_multiple_of(self.cluster).min(end);
+        if !self.is_zero(start, whole - start).await? {
+            let mut at = start;
+            while at < whole {
+                let zeroes = vec![0; index((whole - at).min(PIECE))];
+                self.write_exclusive(at, &zeroes).await?;
+                at += zeroes.len() as u64;
+            }
+        }
+        if whole == end {
+            return Ok(());
+        }
+        let last = end.next_multiple_of(self.cluster).min(self.image.size());
+        self.zero_clusters(whole, last, Space::Keep).await
+    }
+
     async fn zero_by_mapping(&self, start: u64, len: u64, segment: Segment, space: Space) -> Result<()> {
         // The file first. A cluster that a snapshot shares, or that is a backing image's, is left alone.
         if let (Segment::File { file, offset, writable: true }, Space::Free) = (segment, space) {
             let _held = self.hold(file, offset, len).await?;
             self.file(file).trim(offset, len, Flags::NONE).await?;
         }
-        if self.is_journal_full() || self.has_freed() && !self.owns_table(start).await? {
-            // The new table may come where something was that the file still names.
-            self.commit_alone().await?;
-        }
+        self.commit_before_change(start).await?;
         self.set_dirty();
-        self.freed.set(self.freed.get() || space == Space::Free || segment == Segment::Special);
         let done = match space {
             Space::Free => discard_to_zero(&self.image, start, len).await,
             Space::Keep => self.image.write_zeroes(start, len).await,
@@ -237,6 +256,16 @@ impl Engine {
         let change = if space == Space::Free { Change::ZeroFree } else { Change::ZeroKeep };
         self.note(start, len, change).await;
         Ok(())
+    }
+
+    /// Commits, for whoever has passed the gate alone, where the journal has no room for the change, or where a new L2
+    /// table would be made for a cluster and could come where something was that the file still names.
+    async fn commit_before_change(&self, offset: u64) -> Result<()> {
+        if self.is_journal_full() || self.has_freed() && !self.owns_table(offset).await? {
+            self.commit_alone().await
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether the L2 table for a cluster is there, and nobody else's.

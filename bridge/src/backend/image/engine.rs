@@ -12,8 +12,10 @@
 //! - The map: the holder of an exclusive lock makes it forget the range first, and so waits for the fast path.
 //! - The structures of the image (`places`): no place is used without a look whether a table is there, and a new table is
 //!   written when all writes to where it comes have ended.
-//! - The gate: allocations pass it together; a commit, and whatever frees clusters, passes it alone. After clusters were
-//!   freed the next allocation commits first, so that none is used again while the file still names it.
+//! - The gate: allocations pass it together; a commit, and whatever only frees clusters, passes it alone.
+//! - Freed clusters: imago tells the file before it lowers a refcount (`Host::settle_writes`). After that the next
+//!   allocation commits first, so that no cluster is used again while the file still names it. Nobody looks for free
+//!   clusters (shared `freeing`) while an allocation frees what it replaces (exclusive `freeing`).
 //! - The passes: a flush runs a commit of its own, or joins one that began after the flush arrived.
 //!
 //! imago's futures hold locks across waits, and must not be dropped half-way by a client that leaves: here every one of
@@ -26,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use imago::{FormatAccess, Mapping};
-use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, Semaphore, SemaphorePermit};
+use tokio::sync::{OnceCell, RwLock, Semaphore, SemaphorePermit};
 
 use super::commit;
 use super::discard::Trims;
@@ -93,8 +95,12 @@ pub(super) struct Engine {
     pub(super) marked: OnceCell<()>,
     /// The journal lacks a change: it is committed before it is answered.
     pub(super) must_commit: Cell<bool>,
-    /// Clusters were freed that the file still names.
-    pub(super) freed: Cell<bool>,
+    /// Held shared by whoever looks for free clusters, exclusively by an allocation that enters its mapping, which may
+    /// free what was mapped before.
+    pub(super) freeing: RwLock<()>,
+    /// Ranges of the disk with an L2 table each; imago lets one allocation at a time change a table. Waiting here instead
+    /// of there, an allocation holds nothing that another one needs.
+    pub(super) l2_tables: RangeLocks,
     pub(super) trims: Trims,
     /// Places of the file with the metadata that guests' data is being written to.
     pub(super) in_use: RangeLocks,
@@ -123,7 +129,8 @@ impl Engine {
             journal: parts.journal,
             marked: OnceCell::new(),
             must_commit: Cell::new(false),
-            freed: Cell::new(false),
+            freeing: RwLock::default(),
+            l2_tables: RangeLocks::new(parts.cluster * (parts.cluster / 8)),
             trims: Trims::default(),
             in_use: RangeLocks::new(parts.cluster),
             seen_length: Cell::new(0),
@@ -292,19 +299,7 @@ impl Engine {
 
     /// Whether an allocation could meet clusters that the file still names.
     pub(super) fn has_freed(&self) -> bool {
-        self.freed.get() || self.top.moved()
-    }
-
-    /// Passes the gate for an allocation. What was freed before is out of the file then.
-    pub(super) async fn pass(&self) -> Result<RwLockReadGuard<'_, ()>> {
-        loop {
-            let pass = self.gate.read().await;
-            if !self.has_freed() && !self.is_journal_full() {
-                return Ok(pass);
-            }
-            drop(pass);
-            self.commit().await?;
-        }
+        self.top.has_freed()
     }
 
     /// Makes all data durable that was written before this call, and commits the metadata. A commit that others share
@@ -326,7 +321,7 @@ impl Engine {
     /// Commits the metadata, if there is any, for whoever has passed the gate alone. It is no flush: where there is no
     /// metadata it makes nothing durable.
     pub(super) async fn commit_alone(&self) -> Result<()> {
-        if self.dirty() || self.top.kept_bytes() > 0 {
+        if self.dirty() || self.has_freed() || self.top.kept_bytes() > 0 {
             let done = async {
                 self.image.flush().await?;
                 self.make_way().await;
@@ -334,9 +329,9 @@ impl Engine {
             };
             done.await.map_err(|error: io::Error| from_io(&error))?;
             self.shared.dirty.store(false, Release);
+            self.top.clear_freed();
             self.reset_journal();
         }
-        self.freed.set(false);
         Ok(())
     }
 
@@ -372,22 +367,36 @@ impl Engine {
             .checked_next_multiple_of(512)
             .ok_or_else(|| Error::new(ErrorKind::NoSpace, "no image is that large"))?;
         let _lock = self.ranges.lock(0, u64::MAX, Mode::Exclusive).await;
-        let _alone = self.gate.write().await;
         // What lies past the old end is another thing from now on.
         self.shared.map.forget(0, old);
         // Where the backing image is longer, it must not show.
-        let mode = match self.backing {
-            Some(backing) if backing > old => imago::format::PreallocateMode::Zero,
-            _ => imago::format::PreallocateMode::None,
-        };
-        self.set_dirty();
-        self.image.resize_grow(whole, mode).await.map_err(|error| match error.kind() {
-            io::ErrorKind::Unsupported => {
-                Error::new(ErrorKind::NotSupported, format!("the image cannot grow: {error}"))
+        let shown = self.backing.unwrap_or(0).min(whole);
+        {
+            let _alone = self.gate.write().await;
+            self.set_dirty();
+            self.image.resize_grow(whole, imago::format::PreallocateMode::None).await.map_err(|error| {
+                match error.kind() {
+                    io::ErrorKind::Unsupported => {
+                        Error::new(ErrorKind::NotSupported, format!("the image cannot grow: {error}"))
+                    }
+                    _ => from_io(&error),
+                }
+            })?;
+            if shown > old {
+                // First the L1 table alone: what it leaves is free for new tables only after that. The file gets its
+                // new size last, when the zeroes are in it.
+                self.top.keep_size(old.next_multiple_of(512)).await.map_err(|error| from_io(&error))?;
             }
-            _ => from_io(&error),
-        })?;
-        self.commit_alone().await?;
+            self.commit_alone().await?;
+        }
+        if shown > old {
+            self.hide(old, shown).await?;
+            let _alone = self.gate.write().await;
+            self.commit_alone().await?;
+            self.set_dirty();
+            self.top.keep_size(whole).await.map_err(|error| from_io(&error))?;
+            self.commit_alone().await?;
+        }
         self.shared.set_size(size);
         Ok(())
     }

@@ -23,6 +23,9 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_REFCOUNT_ORDER: u32 = 6;
 const MAX_BACKING_NAME: u32 = 1023;
 
+/// Where the size of the disk is.
+pub(super) const SIZE_OFFSET: u64 = 24;
+
 /// Longest header with its extensions that is read, in bytes.
 const MAX_HEADER: usize = 64 << 10;
 

@@ -8,7 +8,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -21,6 +23,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use super::header;
 use super::memory::Tables;
 use super::places::Places;
+use crate::backend::file::length;
 use crate::{Backend, Buffer, Error, ErrorKind, Flags};
 
 /// Unit of what is kept back, in bytes.
@@ -52,8 +55,12 @@ struct Inner {
     filling: tokio::sync::Mutex<()>,
     /// The header was written: a table may have moved, and left its clusters.
     moved: AtomicBool,
+    /// imago has lowered refcounts since the last commit: clusters that it takes for free may still be named by the file.
+    freed: AtomicBool,
     /// Where the structures are, of an image that is written.
     places: OnceLock<Mutex<Places>>,
+    /// The block device that it is on, where it cannot grow.
+    device: OnceLock<Arc<File>>,
     /// The bytes of one of its tables, and the count of those that are cached.
     tables: OnceLock<(u64, Tables)>,
     /// Its tables contradict each other: nothing that is kept back may go to the file.
@@ -88,7 +95,9 @@ impl Host {
             in_use: AtomicBool::new(false),
             filling: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
+            freed: AtomicBool::new(false),
             places: OnceLock::new(),
+            device: OnceLock::new(),
             tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
             told: AtomicBool::new(false),
@@ -96,6 +105,20 @@ impl Host {
             at_once: AtomicBool::new(false),
             helper: CommonStorageHelper::default(),
         }))
+    }
+
+    /// Has the end of a block device respected; a plain file has none.
+    pub(super) fn on_device(self, descriptor: Arc<File>) -> Self {
+        if descriptor.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+            // It was made just now.
+            let _ = self.0.device.set(descriptor);
+        }
+        self
+    }
+
+    /// The size of the block device that it is on, in bytes; None for a plain file, which grows.
+    pub(super) fn device_end(&self) -> Option<u64> {
+        self.0.device.get().map(|device| length(device).unwrap_or(0))
     }
 
     pub(super) fn number(&self) -> u8 {
@@ -164,9 +187,14 @@ impl Host {
         self.0.at_once.store(true, Relaxed);
     }
 
-    /// Whether a table may have moved since the last commit.
-    pub(super) fn moved(&self) -> bool {
-        self.0.moved.load(Relaxed)
+    /// Whether clusters that the file still names may count as free since the last commit.
+    pub(super) fn has_freed(&self) -> bool {
+        self.0.freed.load(Relaxed) || self.0.moved.load(Relaxed)
+    }
+
+    /// The file names nothing that counts as free: a commit has ended.
+    pub(super) fn clear_freed(&self) {
+        self.0.freed.store(false, Relaxed);
     }
 
     /// Forgets what is kept back: it is in the file now.
@@ -284,6 +312,9 @@ impl Host {
             .checked_add(bytes.len() as u64)
             .filter(|end| *end <= self.0.file.geometry().size)
             .ok_or_else(|| io::Error::other("a table past the end of all files"))?;
+        if self.device_end().is_some_and(|size| end > size) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         self.is_sound()?;
         let _filling = self.0.filling.lock().await;
         self.note(offset, bytes).await?;
@@ -314,6 +345,11 @@ impl Host {
             }
         }
         if offset < BLOCK { self.note_header().await } else { Ok(()) }
+    }
+
+    /// Keeps back the size of the disk, in bytes, as the header is to say it.
+    pub(super) async fn keep_size(&self, size: u64) -> io::Result<()> {
+        self.keep(header::SIZE_OFFSET, &size.to_be_bytes()).await
     }
 
     /// Has new tables guarded, before the pointer to them is kept back.
@@ -412,8 +448,10 @@ impl Storage for Host {
         Ok(())
     }
 
-    /// Nothing is under way that was dropped: the engine drops no operation, and metadata is kept back.
+    /// Notes that clusters become free. imago calls this before it lowers any refcount of a cluster that was in use, for
+    /// whatever reason. There is nothing to wait for: the engine drops no operation, and metadata is kept back.
     async fn settle_writes(&self) -> io::Result<()> {
+        self.0.freed.store(true, Relaxed);
         Ok(())
     }
 

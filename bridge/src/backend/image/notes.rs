@@ -11,7 +11,11 @@ impl Engine {
     /// Notes that whole clusters have another mapping. Without it they are committed before the request is answered.
     pub(super) async fn note(&self, offset: u64, len: u64, change: Change) {
         let Some(journal) = &self.journal else { return };
-        let (first, end) = (offset / self.cluster, (offset + len).div_ceil(self.cluster));
+        // Past the end of the disk nothing is answered: a disk that grows is committed before it has its new size.
+        let (first, end) = (offset / self.cluster, (offset + len).min(self.size()).div_ceil(self.cluster));
+        if first >= end {
+            return;
+        }
         let record = Record { first, count: end - first, change };
         // The file is marked before the first record can count.
         let marked = self.marked.get_or_try_init(|| self.top.mark_in_use(true)).await;

@@ -3,6 +3,8 @@
 mod crash;
 mod flush;
 mod guard;
+mod reuse;
+mod zeroes;
 
 use std::path::Path;
 use std::process::Command;

@@ -9,6 +9,7 @@ use super::engine::{Engine, Segment, index};
 use super::host::from_io;
 use super::journal::Change;
 use super::map::Place;
+use crate::backend::file::length;
 use crate::ranges::Mode;
 use crate::{Buffer, Flags, Result};
 
@@ -82,17 +83,16 @@ impl Engine {
                     self.put(file, offset, Buffer::copy_of(part), Flags::NONE).await?;
                     part.len()
                 }
-                // A copy replaces them, and they may be nobody's then.
-                Segment::Special | Segment::File { .. } => self.allocate(place, part, true).await?,
-                Segment::Zero { .. } => self.allocate(place, part, false).await?,
+                Segment::Special | Segment::File { .. } | Segment::Zero { .. } => {
+                    self.allocate(place, part).await?
+                }
             };
         }
         Ok(())
     }
 
-    /// Stores the start of `bytes` in new clusters, and says how many it stored. `replaces` something that may be free
-    /// afterwards.
-    async fn allocate(&self, offset: u64, bytes: &[u8], replaces: bool) -> Result<usize> {
+    /// Stores the start of `bytes` in new clusters, and says how many it stored.
+    async fn allocate(&self, offset: u64, bytes: &[u8]) -> Result<usize> {
         let _permit = self.allocations.acquire().await;
         let first = offset - offset % self.cluster;
         let stop = (offset + bytes.len() as u64).min(first + PIECE.max(self.cluster));
@@ -101,8 +101,16 @@ impl Engine {
         let head = self.before(first..offset).await?;
         let tail = self.before(stop..last).await?;
 
+        let _table = self.l2_tables.lock(first, first + 1, Mode::Exclusive).await;
         let (pass, prepared) = loop {
-            let pass = self.pass().await?;
+            let pass = self.gate.read().await;
+            let looking = self.freeing.read().await;
+            if self.has_freed() || self.is_journal_full() {
+                drop(looking);
+                drop(pass);
+                self.commit().await?;
+                continue;
+            }
             self.set_dirty();
             let prepared = self
                 .image
@@ -112,8 +120,9 @@ impl Engine {
             if !self.has_freed() {
                 break (pass, prepared);
             }
-            // Another allocation, or this one, has freed clusters meanwhile: these may be among them.
+            // This allocation itself, or a table that moved for it, has freed clusters: these may be among them.
             drop(prepared);
+            drop(looking);
             drop(pass);
         };
         let (file, place) = (prepared.storage().number(), prepared.offset());
@@ -150,8 +159,10 @@ impl Engine {
             }
         };
         self.file(file).write(at(start), store, Flags::NONE).await?;
-        self.freed.set(self.freed.get() || replaces);
-        self.image.commit_data_mapping(prepared).await.map_err(|error| from_io(&error))?;
+        {
+            let _freeing = self.freeing.write().await;
+            self.image.commit_data_mapping(prepared).await.map_err(|error| from_io(&error))?;
+        }
         self.note(first, end - first, Change::Map(place)).await;
         self.publish(first, end - first, Place::File { file, offset: place, writable: true });
         drop(pass);
@@ -171,7 +182,7 @@ impl Engine {
     async fn zero_place(&self, offset: u64, len: u64) -> Result<()> {
         let past_end = || {
             let plain = self.shared.data_descriptor.as_ref();
-            plain.is_some_and(|file| file.metadata().is_ok_and(|metadata| metadata.len() <= offset))
+            plain.is_some_and(|file| length(file).is_ok_and(|length| length <= offset))
         };
         if len == 0 || past_end() {
             return Ok(());

@@ -3,7 +3,7 @@
 //! ```text
 //!   0    8 bytes   magic, with the version of the format
 //!   8    16 bytes  number of the boot
-//!   24   u64 x 6   device and inode of the image, its birth time (seconds, nanoseconds), device and inode of its data file
+//!   24   u64 x 6   device and inode of the image, its birth (see below), device and inode of its data file
 //!   72   u64       bits of the image's cluster size
 //!   80   u64       nonce of this journal
 //!   88   u64       generation: only records with this number count
@@ -12,11 +12,12 @@
 //!   112            the image's path, for the removal of stale journals
 //! ```
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use super::record::checksum;
 use crate::boot::{BootId, boot_id};
@@ -34,11 +35,22 @@ pub(in crate::backend::image) struct Identity {
     boot: BootId,
     device: u64,
     inode: u64,
-    /// Seconds and nanoseconds; zero where the file system does not keep it.
+    /// Seconds and nanoseconds; zero where the file system does not keep it. For a block device its number and that of
+    /// its disk, which the kernel uses once.
     birth: (u64, u64),
     data_file: (u64, u64),
     cluster_bits: u64,
     path: PathBuf,
+}
+
+/// What tells a file from a later one with the same inode.
+fn birth(file: &File, found: &Metadata) -> io::Result<(u64, u64)> {
+    if found.file_type().is_block_device() {
+        // A node of /dev stays when another disk comes behind it (loop devices).
+        return Ok((found.rdev(), crate::sys::disk_sequence(file)?));
+    }
+    let since = found.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    Ok(since.map_or((0, 0), |since| (since.as_secs(), u64::from(since.subsec_nanos()))))
 }
 
 impl Identity {
@@ -54,11 +66,7 @@ impl Identity {
     ) -> Result<Identity, String> {
         let look = |error: io::Error| format!("{}: cannot look at it: {error}", path.display());
         let found = file.metadata().map_err(look)?;
-        let birth = found
-            .created()
-            .ok()
-            .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok())
-            .map_or((0, 0), |since| (since.as_secs(), u64::from(since.subsec_nanos())));
+        let birth = birth(file, &found).map_err(look)?;
         let data = data_file.map(File::metadata).transpose().map_err(look)?;
         Ok(Identity {
             boot: boot_id().ok_or("the kernel does not tell the number of this boot")?,

@@ -26,7 +26,7 @@ pub(super) struct Run {
     pub(super) disk: ImageBackend,
     top: Host,
     handle: CrashHandle,
-    cluster: u64,
+    pub(super) cluster: u64,
     sectors: RefCell<Vec<Sector>>,
     next_stamp: Cell<u64>,
     folder: tempfile::TempDir,
@@ -42,7 +42,7 @@ struct Sector {
 }
 
 impl Run {
-    async fn new(cluster: u64, seed: u64, at_once: bool) -> Rc<Self> {
+    pub(super) async fn new(cluster: u64, seed: u64, at_once: bool) -> Rc<Self> {
         let run = Run::with_file(cluster, seed, |disk| Arc::new(disk)).await;
         if at_once {
             run.top.write_at_once();
@@ -156,12 +156,23 @@ impl Run {
         }
     }
 
-    /// The disk's bytes after a crash, as `qemu-img` reads them; None where it does not.
+    /// The disk's bytes after a loss of power, as `qemu-img` reads them; None where it does not.
     pub(super) fn converted(&self, seed: u64) -> Option<Vec<u8>> {
         let (image, raw) = (self.folder.path().join("late.qcow2"), self.folder.path().join("late.raw"));
         std::fs::write(&image, self.handle.crash(seed)).unwrap();
         let convert = qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
         convert.status.success().then(|| std::fs::read(&raw).unwrap())
+    }
+
+    /// The disk's bytes as they are after a crash of the process, when the image is opened again.
+    pub(super) async fn reopened(&self) -> Vec<u8> {
+        let image = self.folder.path().join("again.qcow2");
+        std::fs::write(&image, self.handle.volatile()).unwrap();
+        let file = FileOptions { read_only: true, ..FileOptions::default() };
+        let options = ImageOptions { file, format: ImageFormat::Qcow2, access: ImageAccess::default() };
+        let disk = ImageBackend::open(&image, &options).unwrap();
+        let buf = Buffer::new(usize::try_from(SECTORS * SECTOR).unwrap());
+        disk.read(0, buf, Flags::NONE).await.unwrap().to_vec()
     }
 
     /// Crashes, and says what is wrong with what is left.
