@@ -58,7 +58,7 @@ fn suite(test: &str, machine: &[&str], names: &[&str]) {
     let program = std::env::var("NBDBRIDGE_VM_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_nbdbridge").into());
     let command = format!("tests/vm/suite {program} {}", names.join(" "));
     let output = Command::new("tests/vm/run")
-        .args(["--timeout", "420"])
+        .args(["--timeout", "1000"])
         .args(machine)
         .arg(command)
         .current_dir(folder)
