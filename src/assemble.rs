@@ -178,7 +178,12 @@ pub(crate) fn open(source: &Source, args: &SourceArgs, memory: &ImageMemory) -> 
         }
         Source::Path(path) => path,
     };
-    let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone(), journal: None };
+    let access = ImageAccess {
+        any_backing: args.allow_backing.any(),
+        data_files: args.data_files.clone(),
+        memory: memory.clone(),
+        journal: None,
+    };
     // Kept until the file is open.
     let entry = args.beneath.as_deref().map(|folder| find_beneath(folder, path)).transpose()?;
     let file = FileOptions { via: entry.as_ref().map(Entry::via), ..file_options(args) };

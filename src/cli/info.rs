@@ -51,6 +51,7 @@ impl InfoArgs {
             overlay: None,
             part: None,
             detect_zeroes: DetectZeroes::Off,
+            data_files: Vec::new(),
             cache: CacheMode::Writeback,
             aio: AioMode::Auto,
             discard: DiscardMode::Ignore,

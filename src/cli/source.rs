@@ -16,6 +16,8 @@ pub(crate) struct SourceArgs {
     pub(crate) format: Option<Format>,
     /// Which backing files may be opened.
     pub(crate) allow_backing: AllowBacking,
+    /// External data files that may be written because an image names them.
+    pub(crate) data_files: Vec<PathBuf>,
     /// Nobody may change anything.
     pub(crate) read_only: bool,
     /// Where changes go instead of the image.
@@ -113,12 +115,16 @@ pub(super) struct SourceFlags {
     #[arg(short, long, value_name = "FORMAT", value_parser = values::parse_format)]
     format: Option<Format>,
 
-    /// Which backing files and data files an image may name
+    /// Which backing files an image may name; `any` lets it write to its data file, too
     #[arg(long, value_name = "WHERE", default_value = "folder")]
     allow_backing: AllowBacking,
 
     /// Let no client change anything
     #[arg(short, long)]
+    /// Let a qcow2 image write to this external data file, which it names; repeat it for others
+    #[arg(long, value_name = "PATH")]
+    data_file: Vec<PathBuf>,
+
     read_only: bool,
 
     /// Leave the image alone: changes go to a temporary file, which is gone at the end
@@ -231,6 +237,7 @@ impl SourceFlags {
             detect_zeroes: self.detect_zeroes,
             cache: if self.nocache { CacheMode::None } else { self.cache },
             aio: self.aio,
+            data_files: self.data_file,
             discard: self.discard,
             throttles: self.throttle,
             faults: self.fault,

@@ -99,6 +99,11 @@ fn image_facts(path: &Path, args: &InfoArgs) -> Result<Vec<Fact>> {
     facts.extend(version.map(|version| Fact { name: "version", value: Value::Number(version.into()) }));
     facts.extend(cluster_size.map(|size| Fact { name: "cluster-size", value: Value::Bytes(size) }));
     facts.extend(refcount_bits.map(|bits| Fact { name: "refcount-bits", value: Value::Number(bits.into()) }));
+    if let Some(mark) = features.iter().find(|feature| ["corrupt", "dirty"].contains(feature)) {
+        let path = path.display();
+        let warning = format!("is marked {mark}: it can only be read, and what is read may be wrong");
+        facts.push(text("warning", format!("{warning}; `qemu-img check -r all {path}` repairs it")));
+    }
     if !features.is_empty() {
         facts.push(Fact {
             name: "features",
