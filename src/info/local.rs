@@ -59,7 +59,7 @@ pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
     match &opened {
         Ok(source) => {
             facts.extend(source_facts(&**source));
-            facts.extend(partition_facts(&**source)?);
+            facts.extend(partition_facts(&**source, assemble::sector_of(&args.source, &args.source_args()))?);
         }
         Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
         Err(_) => {}
@@ -136,8 +136,8 @@ fn source_facts(source: &dyn Backend) -> Vec<Fact> {
 }
 
 /// The partitions; an unsound table is a fact too.
-fn partition_facts(source: &dyn Backend) -> Result<Option<Fact>> {
-    Ok(match assemble::apart(|| partition::read(source))? {
+fn partition_facts(source: &dyn Backend, sector: Option<u32>) -> Result<Option<Fact>> {
+    Ok(match assemble::apart(|| partition::read(source, sector))? {
         Ok(table) => table.map(|table| Fact { name: "partition-table", value: Value::Partitions(table) }),
         Err(error) => Some(text("partition-table", error.to_string())),
     })
@@ -194,6 +194,9 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
             }
             Value::Partitions(table) => {
                 line(scheme_name(table));
+                if let Some(flaw) = table.flaw {
+                    text.push_str(&format!("{:<17}{flaw}\n", "flaw:"));
+                }
                 for Partition { number, start, len, kind, name } in &table.partitions {
                     let (size, name) = (size::human(*len), output::plain(name));
                     text.push_str(&format!("{number:>16} {size} from byte {start}, type {kind} {name}\n"));
