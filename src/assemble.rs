@@ -89,7 +89,7 @@ fn assemble(
         }
     };
     if let Some(part) = args.part {
-        stack = cut(stack, part, &export.source)?;
+        stack = cut(stack, part, &export.source, args)?;
     }
     stack = match args.detect_zeroes {
         DetectZeroes::Off => stack,
@@ -107,7 +107,7 @@ fn assemble(
     Ok(Export::throttled(export.name.clone(), export.description.clone(), stack, groups))
 }
 
-fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn Backend>> {
+fn cut(stack: Box<dyn Backend>, part: Part, source: &Source, args: &SourceArgs) -> Result<Box<dyn Backend>> {
     let whole = stack.geometry().size;
     let (start, len) = match part {
         Part::Range { offset, size } => {
@@ -119,7 +119,9 @@ fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn B
             (offset, len)
         }
         Part::Partition(number) => {
-            let found = apart(|| partition::find(&*stack, number))?.with_context(|| source.to_string())?;
+            let sector = sector_of(source, args);
+            let found =
+                apart(|| partition::find(&*stack, number, sector))?.with_context(|| source.to_string())?;
             (found.start, found.len)
         }
     };
@@ -133,6 +135,15 @@ fn cut(stack: Box<dyn Backend>, part: Part, source: &Source) -> Result<Box<dyn B
         ))
     );
     Ok(Box::new(Slice::new(stack, start, len)))
+}
+
+/// The sectors that a source's partition table counts in, in bytes: what the user says, or what a device has. None where
+/// nobody tells.
+pub(crate) fn sector_of(source: &Source, args: &SourceArgs) -> Option<u32> {
+    let Source::Path(path) = source else { return args.sector_size };
+    // An image in a device has sectors of its own.
+    let is_raw = args.format.is_none_or(|format| format == Format::Raw);
+    args.sector_size.or_else(|| if is_raw { bridge::backend::file::logical_sector(path) } else { None })
 }
 
 /// Runs a future that reads from sources, on a thread and a runtime of its own: what it leaves there (a ring, buffers) is
@@ -178,7 +189,12 @@ pub(crate) fn open(source: &Source, args: &SourceArgs, memory: &ImageMemory) -> 
         }
         Source::Path(path) => path,
     };
-    let access = ImageAccess { any_backing: args.allow_backing.any(), memory: memory.clone(), journal: None };
+    let access = ImageAccess {
+        any_backing: args.allow_backing.any(),
+        data_files: args.data_files.clone(),
+        memory: memory.clone(),
+        journal: None,
+    };
     // Kept until the file is open.
     let entry = args.beneath.as_deref().map(|folder| find_beneath(folder, path)).transpose()?;
     let file = FileOptions { via: entry.as_ref().map(Entry::via), ..file_options(args) };

@@ -12,6 +12,8 @@ mod crash;
 mod hostile;
 #[path = "image/journal.rs"]
 mod journal;
+#[path = "image/names.rs"]
+mod names;
 #[path = "image/status.rs"]
 mod status;
 mod support;
@@ -100,7 +102,18 @@ impl Place {
 
     /// Serves a qcow2 image that holds `model`, does so many random things to both, and holds one against the other.
     fn serve_and_compare(&self, image: &Path, model: &mut [u8], random: &mut Random, steps: usize) {
-        let server = Server::serve(&[text(image)]);
+        self.serve_args_and_compare(image, &[], model, random, steps);
+    }
+
+    fn serve_args_and_compare(
+        &self,
+        image: &Path,
+        args: &[&str],
+        model: &mut [u8],
+        random: &mut Random,
+        steps: usize,
+    ) {
+        let server = Server::serve(&[&[text(image)][..], args].concat());
         let mut client = server.client(ReplyStyle::Structured);
         assert!(read_all(&mut client, model.len()) == model);
         load(&mut client, model, random, steps);
@@ -253,7 +266,7 @@ fn chains_and_data_files_are_written_at_the_top_alone() {
         let (image, data) = (place.path("disk.qcow2"), place.path("disk.data"));
         let options = format!("data_file={},data_file_raw={raw}", text(&data));
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&image), &SIZE.to_string()]);
-        place.serve_and_compare(&image, &mut model, &mut random, 100);
+        place.serve_args_and_compare(&image, &["--data-file", text(&data)], &mut model, &mut random, 100);
     }
 }
 

@@ -114,3 +114,88 @@ fn partitions_as_sfdisk_and_sgdisk_make_them() {
     let line = refusal(&["mem:1M", "-P", "1"]);
     assert!(line.contains("mem:1048576: has no partition table"), "{line}");
 }
+
+/// A boot record with one partition.
+fn one_partition(path: &Path, start: u32, len: u32) {
+    let mut boot = [0; 512];
+    boot[450] = 0x83;
+    boot[454..458].copy_from_slice(&start.to_le_bytes());
+    boot[458..462].copy_from_slice(&len.to_le_bytes());
+    boot[510..].copy_from_slice(&[0x55, 0xaa]);
+    let file = File::create(path).unwrap();
+    file.set_len(64 * MIB).unwrap();
+    file.write_all_at(&boot, 0).unwrap();
+    for sector in [512, 4096] {
+        file.write_all_at(&u64::to_le_bytes(sector), sector * u64::from(start)).unwrap();
+    }
+}
+
+/// What a partition's start says of the sectors that were counted.
+fn counted(args: &[&str]) -> u64 {
+    let server = Server::serve(&[args, &["-r", "-P", "1"]].concat());
+    let mut client = server.client(ReplyStyle::Structured);
+    let told = u64::from_le_bytes(client.read(0, 4096)[..8].try_into().unwrap());
+    assert_eq!(client.size, told * 1000);
+    client.disconnect();
+    server.stop();
+    told
+}
+
+#[test]
+fn mbr_counts_in_the_sectors_of_the_device() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = folder.path().join("disk.img");
+    one_partition(&path, 64, 1000);
+    assert_eq!(counted(&[text(&path)]), 512);
+    assert_eq!(counted(&[text(&path), "--sector-size", "4096"]), 4096);
+    // The smallest request that a server takes says nothing about the table.
+    if !lacks("mbr_counts_in_the_sectors_of_the_device", &["nbdkit"]) {
+        let socket = folder.path().join("nbdkit.sock");
+        let mut server = Program::new("nbdkit")
+            .args(["-f", "-U", text(&socket), "--filter=blocksize-policy", "file", text(&path)])
+            .args(["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=1M"])
+            .spawn()
+            .unwrap();
+        support::eventually("nbdkit listens", || socket.exists());
+        let uri = format!("nbd+unix:///?socket={}", text(&socket));
+        assert_eq!(counted(&[&uri]), 512);
+        assert_eq!(counted(&[&uri, "--sector-size", "4096"]), 4096);
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+    match Loop::new(&path, &["--sector-size", "4096"]) {
+        Some(device) => {
+            assert_eq!(counted(&[&device.0]), 4096);
+            assert_eq!(counted(&[&device.0, "--sector-size", "512"]), 512);
+            assert!(run(PROGRAM, &["info", &device.0]).contains("from byte 262144,"));
+        }
+        None => eprintln!("SKIP: mbr_counts_in_the_sectors_of_the_device: no loop device"),
+    }
+    assert!(run(PROGRAM, &["info", text(&path)]).contains("from byte 32768,"));
+    assert!(run(PROGRAM, &["info", text(&path), "--sector-size", "4096"]).contains("from byte 262144,"));
+    let output = Program::new(PROGRAM).args(["net", text(&path), "-P", "1", "--sector-size", "520"]).output();
+    let line = support::one_line(&output.unwrap());
+    assert!(line.contains("512, 1024, 2048 or 4096"), "{line}");
+}
+
+/// An image that ends before its extended partition still has the others, and says why that one is missing.
+#[test]
+fn an_image_that_is_cut_before_its_extended_partition() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = folder.path().join("disk.img");
+    one_partition(&path, 64, 1000);
+    let file = File::options().write(true).open(&path).unwrap();
+    let mut entry = [0; 16];
+    entry[4] = 5;
+    entry[8..12].copy_from_slice(&1_000_000_u32.to_le_bytes());
+    entry[12..].copy_from_slice(&1000_u32.to_le_bytes());
+    file.write_all_at(&entry, 462).unwrap();
+    assert_eq!(counted(&[text(&path)]), 512);
+    let line = refusal(&[text(&path), "-P", "5"]);
+    assert!(
+        line.contains("there is only 1; the list of its logical partitions goes on past the end"),
+        "{line}"
+    );
+    assert!(refusal(&[text(&path), "-P", "2"]).contains("is an extended one"));
+    assert!(run(PROGRAM, &["info", text(&path)]).contains("flaw:"));
+}

@@ -4,8 +4,11 @@
 //! panic on one that is wrong, which is why this is ours: at most [`MAX_PARTITIONS`] entries are looked at, every sum
 //! is checked, and a table that makes no sense is an error in one line.
 //!
-//! Numbers are the kernel's: GPT's by place in the table, MBR's 1 to 4, and logical ones from 5 on. An extended
-//! partition only holds others, and is not listed.
+//! Numbers are the kernel's (block/partitions/): GPT's by place in the table, MBR's 1 to 4, and logical ones from 5 on,
+//! without a gap for a boot record that has none. An extended partition only holds others, and is not listed.
+//!
+//! Units are the logical sectors of the device that the table was made on. The table does not tell them, and neither
+//! does the smallest request that a server takes: they are 512 bytes unless the caller knows better.
 
 mod gpt;
 mod mbr;
@@ -16,7 +19,10 @@ use crate::transfer::get;
 use crate::{Backend, Buffer, Error};
 
 /// Most entries of a table that are read, and most logical partitions.
-pub const MAX_PARTITIONS: u32 = 1024;
+pub const MAX_PARTITIONS: u32 = 4096;
+
+/// Sizes of a sector that devices have, in bytes.
+pub const SECTOR_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 
 /// Length of a boot sector, whatever the disk's sectors are, in bytes.
 const BOOT_BYTES: u64 = 512;
@@ -30,6 +36,10 @@ pub struct Table {
     pub sector_bytes: u32,
     /// In the order of their numbers.
     pub partitions: Vec<Partition>,
+    /// MBR's entries that only hold logical partitions.
+    pub extended: Vec<u32>,
+    /// Why there may be more than were found, as the end of a line.
+    pub flaw: Option<&'static str>,
 }
 
 /// The kinds of tables.
@@ -85,10 +95,11 @@ pub enum PartitionError {
 type Result<T> = std::result::Result<T, PartitionError>;
 
 /// Reads the table of a source; None where there is none. A damaged GPT is replaced by its copy at the end of the disk.
+/// Without a `sector` size in bytes, MBR counts in 512 bytes and GPT is looked for with each of [`SECTOR_SIZES`].
 ///
 /// # Errors
 /// `Broken`, `Read`.
-pub async fn read(source: &dyn Backend) -> Result<Option<Table>> {
+pub async fn read(source: &dyn Backend, sector: Option<u32>) -> Result<Option<Table>> {
     let disk = Disk { source, size: source.geometry().size };
     if disk.size < BOOT_BYTES {
         return Ok(None);
@@ -96,23 +107,30 @@ pub async fn read(source: &dyn Backend) -> Result<Option<Table>> {
     let boot = disk.get(0, BOOT_BYTES).await?;
     let Some(entries) = mbr::entries(&boot) else { return Ok(None) };
     if entries.iter().any(|entry| entry.is_protective()) {
-        return gpt::read(&disk).await.map(Some);
+        return gpt::read(&disk, sector).await.map(Some);
     }
     // A file system's boot sector has the same signature, and code where the entries would be.
     if !entries.iter().all(mbr::Entry::is_sound) {
         return Ok(None);
     }
-    mbr::read(&disk, &entries).await.map(Some)
+    mbr::read(&disk, &entries, sector.unwrap_or(SECTOR_SIZES[0])).await.map(Some)
 }
 
 /// The partition with this number, which lies within the source.
 ///
 /// # Errors
 /// Those of [`read`], `NoTable`, `NotThere` and `Outside`.
-pub async fn find(source: &dyn Backend, number: u32) -> Result<Partition> {
-    let table = read(source).await?.ok_or(PartitionError::NoTable)?;
+pub async fn find(source: &dyn Backend, number: u32, sector: Option<u32>) -> Result<Partition> {
+    let table = read(source, sector).await?.ok_or(PartitionError::NoTable)?;
     let Some(partition) = table.partitions.iter().find(|partition| partition.number == number) else {
-        return Err(PartitionError::NotThere { wanted: number, there: numbers(&table.partitions) });
+        let mut there = numbers(&table.partitions);
+        if table.extended.contains(&number) {
+            there = format!("that is an extended one, which only holds others; {there}");
+        }
+        if let Some(flaw) = table.flaw {
+            there = format!("{there}; {flaw}");
+        }
+        return Err(PartitionError::NotThere { wanted: number, there });
     };
     let end = partition.start.checked_add(partition.len);
     if end.is_none_or(|end| end > source.geometry().size) {

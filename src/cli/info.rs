@@ -32,6 +32,10 @@ pub(crate) struct InfoArgs {
     #[arg(long)]
     pub(crate) map: bool,
 
+    /// Bytes of a sector, in which the partition table counts: 512, 1024, 2048 or 4096 [default: the device's, else 512]
+    #[arg(long, value_name = "BYTES", value_parser = values::parse_sector_size)]
+    pub(crate) sector_size: Option<u32>,
+
     /// Follow backing files outside of the image's own folder
     #[arg(long, value_name = "WHERE", default_value = "folder")]
     pub(crate) allow_backing: AllowBacking,
@@ -47,9 +51,11 @@ impl InfoArgs {
         SourceArgs {
             format: self.format,
             allow_backing: self.allow_backing,
+            data_files: Vec::new(),
             read_only: true,
             overlay: None,
             part: None,
+            sector_size: self.sector_size,
             detect_zeroes: DetectZeroes::Off,
             cache: CacheMode::Writeback,
             aio: AioMode::Auto,

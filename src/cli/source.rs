@@ -16,12 +16,16 @@ pub(crate) struct SourceArgs {
     pub(crate) format: Option<Format>,
     /// Which backing files may be opened.
     pub(crate) allow_backing: AllowBacking,
+    /// External data files that may be written because an image names them.
+    pub(crate) data_files: Vec<PathBuf>,
     /// Nobody may change anything.
     pub(crate) read_only: bool,
     /// Where changes go instead of the image.
     pub(crate) overlay: Option<OverlayArg>,
     /// What of the image is served; None for all of it.
     pub(crate) part: Option<Part>,
+    /// Bytes of a sector, in which the partition table counts; None for the device's, or 512.
+    pub(crate) sector_size: Option<u32>,
     /// What becomes of written zeroes.
     pub(crate) detect_zeroes: DetectZeroes,
     /// How images are opened.
@@ -113,9 +117,13 @@ pub(super) struct SourceFlags {
     #[arg(short, long, value_name = "FORMAT", value_parser = values::parse_format)]
     format: Option<Format>,
 
-    /// Which backing files and data files an image may name
+    /// Which backing files an image may name; `any` lets it write to its data file, too
     #[arg(long, value_name = "WHERE", default_value = "folder")]
     allow_backing: AllowBacking,
+
+    /// Let a qcow2 image write to this external data file, which it names; repeat it for others
+    #[arg(long, value_name = "PATH")]
+    data_file: Vec<PathBuf>,
 
     /// Let no client change anything
     #[arg(short, long)]
@@ -135,6 +143,10 @@ pub(super) struct SourceFlags {
     #[arg(short = 'P', long, value_name = "N", conflicts_with_all = ["offset", "size"],
           value_parser = clap::value_parser!(u32).range(1..))]
     partition: Option<u32>,
+
+    /// Bytes of a sector, in which the partition table counts: 512, 1024, 2048 or 4096 [default: the device's, else 512]
+    #[arg(long, value_name = "BYTES", requires = "partition", value_parser = values::parse_sector_size)]
+    sector_size: Option<u32>,
 
     /// Serve from this byte of the image on
     #[arg(short, long, value_name = "BYTES", value_parser = size::parse)]
@@ -225,9 +237,11 @@ impl SourceFlags {
         Ok(SourceArgs {
             format: self.format,
             allow_backing: self.allow_backing,
+            data_files: self.data_file,
             read_only: self.read_only,
             overlay: self.overlay.map(OverlayArg::Keep).or(temporary),
             part: self.partition.map(Part::Partition).or(range),
+            sector_size: self.sector_size,
             detect_zeroes: self.detect_zeroes,
             cache: if self.nocache { CacheMode::None } else { self.cache },
             aio: self.aio,

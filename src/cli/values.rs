@@ -278,6 +278,13 @@ pub(super) fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Reads `--sector-size`.
+pub(super) fn parse_sector_size(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text).map_err(|error| error.to_string())?;
+    let known = bridge::partition::SECTOR_SIZES.into_iter().find(|known| u64::from(*known) == bytes);
+    known.ok_or_else(|| "sectors have 512, 1024, 2048 or 4096 bytes".into())
+}
+
 /// Reads `--memory-budget`.
 pub(super) fn parse_budget(text: &str) -> Result<u64, String> {
     let bytes = size::parse(text).map_err(|error| error.to_string())?;

@@ -59,7 +59,7 @@ pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
     match &opened {
         Ok(source) => {
             facts.extend(source_facts(&**source));
-            facts.extend(partition_facts(&**source)?);
+            facts.extend(partition_facts(&**source, assemble::sector_of(&args.source, &args.source_args()))?);
         }
         Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
         Err(_) => {}
@@ -99,6 +99,11 @@ fn image_facts(path: &Path, args: &InfoArgs) -> Result<Vec<Fact>> {
     facts.extend(version.map(|version| Fact { name: "version", value: Value::Number(version.into()) }));
     facts.extend(cluster_size.map(|size| Fact { name: "cluster-size", value: Value::Bytes(size) }));
     facts.extend(refcount_bits.map(|bits| Fact { name: "refcount-bits", value: Value::Number(bits.into()) }));
+    if let Some(mark) = features.iter().find(|feature| ["corrupt", "dirty"].contains(feature)) {
+        let path = path.display();
+        let warning = format!("is marked {mark}: it can only be read, and what is read may be wrong");
+        facts.push(text("warning", format!("{warning}; `qemu-img check -r all {path}` repairs it")));
+    }
     if !features.is_empty() {
         facts.push(Fact {
             name: "features",
@@ -131,8 +136,8 @@ fn source_facts(source: &dyn Backend) -> Vec<Fact> {
 }
 
 /// The partitions; an unsound table is a fact too.
-fn partition_facts(source: &dyn Backend) -> Result<Option<Fact>> {
-    Ok(match assemble::apart(|| partition::read(source))? {
+fn partition_facts(source: &dyn Backend, sector: Option<u32>) -> Result<Option<Fact>> {
+    Ok(match assemble::apart(|| partition::read(source, sector))? {
         Ok(table) => table.map(|table| Fact { name: "partition-table", value: Value::Partitions(table) }),
         Err(error) => Some(text("partition-table", error.to_string())),
     })
@@ -189,6 +194,9 @@ fn lines(facts: &[Fact], map: Option<&[Run]>) -> String {
             }
             Value::Partitions(table) => {
                 line(scheme_name(table));
+                if let Some(flaw) = table.flaw {
+                    text.push_str(&format!("{:<17}{flaw}\n", "flaw:"));
+                }
                 for Partition { number, start, len, kind, name } in &table.partitions {
                     let (size, name) = (size::human(*len), output::plain(name));
                     text.push_str(&format!("{number:>16} {size} from byte {start}, type {kind} {name}\n"));

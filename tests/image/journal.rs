@@ -43,8 +43,13 @@ impl World {
     /// After a kill the kernel may take a moment to let go of the image.
     fn serve(&self, flags: &[&str]) -> Server {
         let start = std::time::Instant::now();
+        let data = self.place.path("disk.data");
+        let own: &[&str] = match data.exists() {
+            true => &[text(&self.image), "--data-file", text(&data)],
+            false => &[text(&self.image)],
+        };
         loop {
-            match Server::try_serve_in(&self.control(), &[&[text(&self.image)], flags].concat()) {
+            match Server::try_serve_in(&self.control(), &[own, flags].concat()) {
                 Ok(server) => return server,
                 Err(log) => {
                     assert!(log.contains("in use") && start.elapsed() < Duration::from_secs(20), "{log}");

@@ -100,3 +100,50 @@ fn holes_beneath_a_chain_are_what_qemu_img_maps() {
         server.stop();
     }
 }
+
+#[test]
+fn one_damaged_entry_leaves_the_status_before_it() {
+    if lacks("one_damaged_entry_leaves_the_status_before_it", &["qemu-img"]) {
+        return;
+    }
+    let place = Place::new();
+    let (raw, image) = (place.file("first.raw", &[7; 4 << 20]), place.path("disk.qcow2"));
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(&image)]);
+    let whole = fs::read(&image).unwrap();
+    let number = |at: usize| {
+        usize::try_from(u64::from_be_bytes(*whole[at..].first_chunk().unwrap()) & 0xff_ffff_ffff).unwrap()
+    };
+    let table = number(number(40));
+    // An entry past the end of the file, and one that leads to the refcount table.
+    for bad in [(1_u64 << 63) | (1 << 40), (1 << 63) | 0x1_0000] {
+        for entry in [20, 1, 0] {
+            let mut bytes = whole.clone();
+            bytes[table + 8 * entry..][..8].copy_from_slice(&bad.to_be_bytes());
+            fs::write(&image, bytes).unwrap();
+            // Where an image is only read, an entry that leads to a table does no harm.
+            let read_only = (bad == (1 << 63) | (1 << 40)).then_some(&["-r"][..]);
+            for more in read_only.into_iter().chain([&[][..]]) {
+                let server = Server::serve(&[&[text(&image), "-A"][..], more].concat());
+                for context in ["base:allocation", "qemu:allocation-depth"] {
+                    let mut negotiation = server.negotiate();
+                    assert!(negotiation.settle(ReplyStyle::Structured));
+                    negotiation
+                        .option(nbd_proto::OptionCode::SetMetaContext, &support::meta_data("", &[context]));
+                    let mut client = negotiation.go(ReplyStyle::Structured, "");
+                    let answer = client.call(Nbd::BlockStatus, NO_FLAGS, 0, 4 << 20);
+                    let told: u64 = answer.extents.iter().map(|(len, _)| len).sum();
+                    let what = format!("{bad:#x} in {entry}, {context}: {answer:?}");
+                    match entry {
+                        0 if context.starts_with("base") => assert!(answer.error.is_some(), "{what}"),
+                        0 => {}
+                        _ => assert!(answer.error.is_none() && told >= entry as u64 * 65536, "{what}"),
+                    }
+                    // Behind it all is well.
+                    let answer = client.call(Nbd::BlockStatus, NO_FLAGS, 21 * 65536, 65536);
+                    assert_eq!(answer.error, None, "{what}");
+                }
+                server.stop();
+            }
+        }
+    }
+}

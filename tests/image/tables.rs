@@ -253,7 +253,8 @@ fn the_last_cluster_of_a_disk_that_ends_within_it() {
         if kind == "snapshot" {
             qemu_img(&["snapshot", "-c", "before", text(&image)]);
         }
-        let server = Server::serve(&[text(&image)]);
+        let allowed = if kind == "data file" { "any" } else { "folder" };
+        let server = Server::serve(&[text(&image), "--allow-backing", allowed]);
         let mut client = server.client(ReplyStyle::Structured);
         if kind == "zero" {
             assert_eq!(client.call(Nbd::WriteZeroes, CommandFlags::NO_HOLE, 0, size as u64).error, None);

@@ -94,11 +94,12 @@ impl Disk {
     /// Serves it.
     pub(crate) fn start(&self) -> Server {
         let (raw, image, overlay) = (self.path("raw"), self.path("image"), self.path("overlay"));
+        let data = self.path("data");
         let uri = self.upstream.as_ref().map(|server| server.uri(""));
         let args: Vec<&str> = match self.kind {
             Kind::Raw => vec![text(&raw), "-f", "raw"],
             Kind::Qcow2(_) | Kind::Backed => vec![text(&image), "-f", "qcow2"],
-            Kind::DataFile => vec![text(&image), "-f", "qcow2"],
+            Kind::DataFile => vec![text(&image), "-f", "qcow2", "--data-file", text(&data)],
             Kind::Overlay => vec![text(&raw), "-f", "raw", "--overlay", text(&overlay)],
             Kind::Proxy => vec![uri.as_deref().unwrap()],
         };

@@ -34,7 +34,7 @@ use crate::{
     Result,
 };
 
-pub use open::create;
+pub use open::{create, logical_sector};
 pub(super) use space::length;
 
 /// How a file is opened and used.

@@ -22,6 +22,7 @@ mod host;
 mod journal;
 mod map;
 mod memory;
+mod names;
 mod notes;
 mod places;
 mod probe;
@@ -33,6 +34,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod vmdk;
 mod write;
 
 use std::fs::File;
@@ -81,8 +83,10 @@ pub struct ImageOptions {
 /// The files and the memory that an image may use. The default suits an image that nobody vouches for.
 #[derive(Clone, Debug, Default)]
 pub struct ImageAccess {
-    /// Follow names that lead out of the image's own folder.
+    /// Follow names that lead out of the image's own folder, and write to any data file that the image names.
     pub any_backing: bool,
+    /// External data files that may be written because an image names them.
+    pub data_files: Vec<PathBuf>,
     /// The memory that its tables and compressed clusters take.
     pub memory: ImageMemory,
     /// The folder of journals, which exists and belongs to this user alone: in it, mapping changes that were answered

@@ -1,4 +1,4 @@
-//! GUID partition tables (UEFI specification 2.10, section 5.3), with sectors of 512 or 4096 bytes.
+//! GUID partition tables (UEFI specification 2.10, section 5.3), with sectors of 512 to 4096 bytes.
 //!
 //! | header, offset | bytes | |
 //! |---|---|---|
@@ -8,10 +8,9 @@
 //! | 72, 80, 84 | 8, 4, 4 | first sector of the entries, their number, the length of each |
 //! | 88 | 4 | CRC-32 of the entries |
 
-use super::{Disk, MAX_PARTITIONS, Partition, PartitionError, Result, Scheme, Table, le};
+use super::{Disk, MAX_PARTITIONS, Partition, PartitionError, Result, SECTOR_SIZES, Scheme, Table, le};
 
 const SIGNATURE: &[u8; 8] = b"EFI PART";
-const SECTORS: [u32; 2] = [512, 4096];
 const MIN_HEADER: u64 = 92;
 const MIN_ENTRY: u64 = 128;
 const MAX_ENTRY: u64 = 4096;
@@ -22,9 +21,11 @@ fn broken(reason: &'static str) -> PartitionError {
     PartitionError::Broken("GPT", reason)
 }
 
-pub(super) async fn read(disk: &Disk<'_>) -> Result<Table> {
+/// Reads the table that counts in sectors of this size, or of any that devices have.
+pub(super) async fn read(disk: &Disk<'_>, sector: Option<u32>) -> Result<Table> {
     let mut first_error = None;
-    for sector_bytes in SECTORS {
+    let sectors = SECTOR_SIZES.into_iter().filter(|bytes| sector.is_none_or(|sector| sector == *bytes));
+    for sector_bytes in sectors {
         let sector = u64::from(sector_bytes);
         let last = (disk.size / sector).saturating_sub(1);
         for place in [1, last] {
@@ -91,26 +92,25 @@ async fn read_at(disk: &Disk<'_>, place: u64, sector_bytes: u32) -> Result<Optio
     let mut partitions = Vec::new();
     for (number, entry) in (1..).zip(entries.chunks_exact(usize::try_from(entry).unwrap_or(usize::MAX))) {
         if entry[..16] != [0; 16] {
-            partitions.push(partition(number, entry, sector)?);
+            // An entry that makes no sense is passed over, as the kernel does; the checksum says that it was meant.
+            partitions.extend(partition(number, entry, sector));
         }
     }
-    Ok(Some(Table { scheme: Scheme::Gpt, sector_bytes, partitions }))
+    Ok(Some(Table { scheme: Scheme::Gpt, sector_bytes, partitions, extended: Vec::new(), flaw: None }))
 }
 
-fn partition(number: u32, entry: &[u8], sector: u64) -> Result<Partition> {
+/// Reads an entry; None for one that ends before it begins, or beyond all bounds.
+fn partition(number: u32, entry: &[u8], sector: u64) -> Option<Partition> {
     let (first, last) = (le::<8>(entry, 32), le::<8>(entry, 40));
     let sectors = last.checked_sub(first).and_then(|len| len.checked_add(1));
-    let place = first.checked_mul(sector).zip(sectors.and_then(|sectors| sectors.checked_mul(sector)));
-    let Some((start, len)) = place else {
-        return Err(broken("a partition ends before it begins, or beyond all bounds"));
-    };
+    let (start, len) = first.checked_mul(sector).zip(sectors?.checked_mul(sector))?;
     let units: Vec<u16> = (0..NAME_UNITS)
         .map(|n| u16::from_le_bytes([entry[NAME_AT + 2 * n], entry[NAME_AT + 2 * n + 1]]))
         .take_while(|unit| *unit != 0)
         .collect();
     // It is printed: nothing in it may act on a terminal.
     let name = String::from_utf16_lossy(&units).chars().filter(|c| !c.is_control()).collect();
-    Ok(Partition { number, start, len, kind: guid(entry), name })
+    (len > 0).then(|| Partition { number, start, len, kind: guid(entry), name })
 }
 
 /// A GUID as text; its first three fields are little-endian.

@@ -1,8 +1,10 @@
 //! Master boot records, and the chain of extended boot records behind an extended partition.
 //!
-//! Sectors are those of the source's minimum block, else 512 bytes: the table itself does not tell.
+//! As the kernel has it (block/partitions/msdos.c): an entry counts by its length alone, so that one of type 0 is a
+//! partition too (isohybrid images have such); there may be two extended partitions; a boot record may have several
+//! partitions, or none; and a chain that leads past the end of the disk ends there.
 
-use super::{BOOT_BYTES, Disk, MAX_PARTITIONS, Partition, PartitionError, Result, Scheme, Table, le};
+use super::{BOOT_BYTES, Disk, MAX_PARTITIONS, Partition, Result, Scheme, Table, le};
 
 const TABLE_AT: usize = 446;
 const ENTRY_BYTES: usize = 16;
@@ -12,6 +14,9 @@ const SIGNATURE: [u8; 2] = [0x55, 0xaa];
 const PROTECTIVE: u8 = 0xee;
 /// Types of extended partitions: CHS, LBA, Linux.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
+
+/// Number of the first logical partition.
+const FIRST_LOGICAL: u32 = 5;
 
 /// One entry, in sectors.
 #[derive(Clone, Copy)]
@@ -37,7 +42,7 @@ impl Entry {
     }
 
     fn is_used(&self) -> bool {
-        self.kind != 0 && self.len > 0 && !EXTENDED.contains(&self.kind)
+        self.len > 0 && !EXTENDED.contains(&self.kind)
     }
 
     /// `base` in sectors: what its start counts from.
@@ -69,42 +74,64 @@ pub(super) fn entries(boot: &[u8]) -> Option<[Entry; 4]> {
     }))
 }
 
-pub(super) async fn read(disk: &Disk<'_>, primary: &[Entry; 4]) -> Result<Table> {
-    let sector_bytes = disk.source.geometry().min_block.max(512);
+/// Reads the partitions that count in sectors of this size.
+pub(super) async fn read(disk: &Disk<'_>, primary: &[Entry; 4], sector_bytes: u32) -> Result<Table> {
     let sector = u64::from(sector_bytes);
-    let mut partitions: Vec<Partition> = (1..)
-        .zip(primary)
+    let numbered = || (1..).zip(primary);
+    let mut partitions: Vec<Partition> = numbered()
         .filter(|(_, entry)| entry.is_used())
         .map(|(number, entry)| entry.partition(number, 0, sector))
         .collect();
-    if let Some(extended) = primary.iter().find(|entry| entry.is_extended()) {
-        logical(disk, extended.start, sector, &mut partitions).await?;
+    let extended: Vec<(u32, &Entry)> = numbered().filter(|(_, entry)| entry.is_extended()).collect();
+    let mut flaw = None;
+    let mut next = FIRST_LOGICAL;
+    for (_, entry) in &extended {
+        let ended = logical(disk, entry, sector, &mut next, &mut partitions).await?;
+        flaw = flaw.or(ended);
     }
-    Ok(Table { scheme: Scheme::Mbr, sector_bytes, partitions })
+    let extended = extended.into_iter().map(|(number, _)| number).collect();
+    Ok(Table { scheme: Scheme::Mbr, sector_bytes, partitions, extended, flaw })
 }
 
-/// Follows the chain: each record has one partition, counted from itself, and the next record, counted from the first.
-async fn logical(disk: &Disk<'_>, first: u64, sector: u64, partitions: &mut Vec<Partition>) -> Result<()> {
-    let mut here = first;
+/// Follows the chain: each record has its partitions, counted from itself, and the next record, counted from the first.
+/// Returns what is wrong with the chain where it does not end as it should.
+async fn logical(
+    disk: &Disk<'_>,
+    extended: &Entry,
+    sector: u64,
+    number: &mut u32,
+    partitions: &mut Vec<Partition>,
+) -> Result<Option<&'static str>> {
+    let first = extended.start;
+    let (mut here, mut len) = (first, extended.len);
     let mut seen = std::collections::HashSet::new();
-    for number in 5..5 + MAX_PARTITIONS {
+    for _ in 0..MAX_PARTITIONS {
         if !seen.insert(here) {
-            return Err(PartitionError::Broken("MBR", "its logical partitions go in a circle"));
+            return Ok(Some("its logical partitions go in a circle"));
         }
         let at = here * sector;
         if at.checked_add(BOOT_BYTES).is_none_or(|end| end > disk.size) {
-            return Err(PartitionError::Broken("MBR", "a logical partition lies past the end of the disk"));
+            return Ok(Some("the list of its logical partitions goes on past the end of the image"));
         }
         let record = disk.get(at, BOOT_BYTES).await?;
         // An extended partition without any record is empty.
-        let Some(entries) = entries(&record) else { return Ok(()) };
-        if let Some(entry) = entries.iter().find(|entry| entry.is_used()) {
-            partitions.push(entry.partition(number, here, sector));
+        let Some(entries) = entries(&record) else { return Ok(None) };
+        for (slot, entry) in entries.iter().enumerate().filter(|(_, entry)| entry.is_used()) {
+            // The third and the fourth may hold garbage: they count where they lie within.
+            let end = here + entry.start + entry.len;
+            if slot >= 2 && (entry.start + entry.len > len || end > first + extended.len) {
+                continue;
+            }
+            if *number >= FIRST_LOGICAL + MAX_PARTITIONS {
+                return Ok(Some("it has more logical partitions than are read"));
+            }
+            partitions.push(entry.partition(*number, here, sector));
+            *number += 1;
         }
         match entries.iter().find(|entry| entry.is_extended()) {
-            Some(next) => here = first + next.start,
-            None => return Ok(()),
+            Some(next) => (here, len) = (first + next.start, next.len),
+            None => return Ok(None),
         }
     }
-    Err(PartitionError::Broken("MBR", "it has too many logical partitions"))
+    Ok(Some("its list of logical partitions is longer than is read"))
 }

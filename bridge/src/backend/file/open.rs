@@ -195,6 +195,13 @@ fn kind_of(path: &Path, file: &File, metadata: &std::fs::Metadata) -> Result<Kin
     Ok(if magic == TMPFS_MAGIC || magic == RAMFS_MAGIC { Kind::Memory } else { Kind::Regular })
 }
 
+/// Returns the logical sector of the block device at `path`, in bytes; None for anything else.
+pub fn logical_sector(path: &Path) -> Option<u32> {
+    let is_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    let file = is_device.then(|| File::open(path).ok())?;
+    rustix::fs::ioctl_blksszget(file?).ok()
+}
+
 fn refuse_read_only_device(path: &Path, file: &File) -> Result<()> {
     match sys::device_read_only(file) {
         Ok(true) => Err(unsupported(path, "is a read-only device; serve it with --read-only".into())),

@@ -1,25 +1,22 @@
 //! Opening an image and all that it names: backing images, a data file, extents. Names come from files that nobody
 //! vouches for, so that each is looked at before it is followed.
 
-use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::vmdk::Vmdk;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
 use super::header::{self, Header};
 use super::host::Host;
 use super::map::MAX_FILES;
 use super::memory::{ImageMemory, Tables};
+use super::names::{self, Policy};
 use super::places::Places;
 use super::probe::{ImageFormat, probe};
 use super::recover::{Opened, Subject};
-use super::{ImageOptions, Parts};
+use super::{ImageAccess, ImageOptions, Parts};
 use crate::backend::file::{FileBackend, FileOptions, length};
 use crate::{Backend, OpenError};
 
@@ -39,21 +36,27 @@ pub(super) struct Layer {
 ///
 /// # Errors
 /// One line for the first link that is not to be followed.
-pub(super) fn follow(path: &Path, format: ImageFormat, any_backing: bool) -> Result<Vec<Layer>> {
-    let mut policy = Policy::new(path, any_backing)?;
-    let mut layers = vec![layer(path, path, format, &mut policy)?];
+pub(super) fn follow(
+    path: &Path,
+    format: ImageFormat,
+    access: &ImageAccess,
+    read_only: bool,
+) -> Result<Vec<Layer>> {
+    let mut policy = Policy::new(path, access.any_backing)?;
+    let mut layers = vec![layer(path, path, format, &mut policy, (!read_only).then_some(access))?];
     loop {
         let last = &layers[layers.len() - 1];
         let Some(header) = &last.header else { return Ok(layers) };
         let Some(name) = &header.backing else { return Ok(layers) };
-        let path = policy.admit(&last.path, name, "backing file")?;
-        let format = match header.backing_format.as_deref() {
+        let name = names::parse_backing(name).map_err(|reason| unsupported(&last.path, reason))?;
+        let path = policy.admit(&last.path, Path::new(&name.path), "backing file")?;
+        let format = match name.format.as_deref().or(header.backing_format.as_deref()) {
             None | Some("") => probe(&path)?,
             Some(format) => format.parse().map_err(|reason| {
                 unsupported(&last.path, format!("its backing file {}: {reason}", path.display()))
             })?,
         };
-        layers.push(layer(&path, &path, format, &mut policy)?);
+        layers.push(layer(&path, &path, format, &mut policy, None)?);
     }
 }
 
@@ -61,7 +64,8 @@ pub(super) fn follow(path: &Path, format: ImageFormat, any_backing: bool) -> Res
 ///
 /// # Errors
 /// It names another file.
-fn alone(path: &Path, via: &Path, format: ImageFormat) -> Result<Vec<Layer>> {
+fn alone(path: &Path, via: &Path, options: &ImageOptions) -> Result<Vec<Layer>> {
+    let format = options.format;
     let header = if format == ImageFormat::Qcow2 { header::load(via)? } else { Header::default() };
     if header.backing.is_some() || header.external_data() || format == ImageFormat::Vmdk {
         return Err(unsupported(
@@ -70,10 +74,18 @@ fn alone(path: &Path, via: &Path, format: ImageFormat) -> Result<Vec<Layer>> {
                 .into(),
         ));
     }
-    Ok(vec![layer(path, via, format, &mut Policy::new(path, false)?)?])
+    let written = (!options.file.read_only).then_some(&options.access);
+    Ok(vec![layer(path, via, format, &mut Policy::new(path, false)?, written)?])
 }
 
-fn layer(path: &Path, via: &Path, format: ImageFormat, policy: &mut Policy) -> Result<Layer> {
+/// Looks at one image; `written` tells what its names may lead to where it is one that is written.
+fn layer(
+    path: &Path,
+    via: &Path,
+    format: ImageFormat,
+    policy: &mut Policy,
+    written: Option<&ImageAccess>,
+) -> Result<Layer> {
     let mut layer = Layer { path: path.to_owned(), format, header: None, data_file: None };
     if format == ImageFormat::Vmdk && !matches!(probe(path), Ok(ImageFormat::Vmdk)) {
         return Err(unsupported(
@@ -83,93 +95,42 @@ fn layer(path: &Path, via: &Path, format: ImageFormat, policy: &mut Policy) -> R
     }
     if format == ImageFormat::Qcow2 {
         let header = header::load(via)?;
-        if let Some(reason) = header.refusal(path) {
+        if let Some(reason) = header.refusal(path, written.is_none()) {
             return Err(unsupported(path, reason));
         }
         if header.external_data() {
-            let Some(name) = &header.data_file else {
-                return Err(unsupported(path, "has an external data file and does not name it".into()));
-            };
-            layer.data_file = Some(policy.admit(path, name, "data file")?);
+            layer.data_file = Some(data_file(path, &header, policy, written)?);
         }
         layer.header = Some(header);
     }
     Ok(layer)
 }
 
-/// Which files may be opened because an image names them.
-struct Policy {
-    /// The folder of the first image.
-    folder: PathBuf,
-    any: bool,
-    seen: HashSet<(u64, u64)>,
-}
-
-impl Policy {
-    fn new(path: &Path, any: bool) -> Result<Self> {
-        let whole = canonical(path)?;
-        let folder = whole.parent().unwrap_or(Path::new("/")).to_owned();
-        let mut policy = Policy { folder, any, seen: HashSet::new() };
-        policy.see(&whole);
-        Ok(policy)
+/// Finds the data file of an image. One that is written has to be allowed by the user, because the image may name
+/// any of its neighbours.
+fn data_file(
+    path: &Path,
+    header: &Header,
+    policy: &mut Policy,
+    written: Option<&ImageAccess>,
+) -> Result<PathBuf> {
+    let Some(name) = &header.data_file else {
+        return Err(unsupported(path, "has an external data file and does not name it".into()));
+    };
+    let Some(access) = written else { return policy.admit(path, Path::new(name), "data file") };
+    let found = policy.admit_allowed(path, Path::new(name), "data file")?;
+    let listed = access.data_files.iter().any(|file| names::identity(file) == names::identity(&found));
+    if listed || access.any_backing {
+        return Ok(found);
     }
-
-    /// False for a file that is part of the image already.
-    fn see(&mut self, path: &Path) -> bool {
-        std::fs::metadata(path).map_or(true, |found| self.seen.insert((found.dev(), found.ino())))
-    }
-
-    /// The path that `name` in the image at `image` leads to.
-    fn admit(&mut self, image: &Path, name: &str, what: &str) -> Result<PathBuf> {
-        let refuse = |reason: String| Err(unsupported(image, reason));
-        let plain = name.strip_prefix("file:").unwrap_or(name);
-        if plain.starts_with("json:") || plain.split_once(':').is_some_and(|(scheme, _)| is_scheme(scheme)) {
-            return refuse(format!("its {what} `{name}` is no path, and only paths are followed"));
-        }
-        let path = beside(image, Path::new(plain));
-        let whole = match canonical(&path) {
-            Ok(whole) => whole,
-            Err(OpenError::NotFound(path)) => {
-                return refuse(format!(
-                    "its {what} {} does not exist (`qemu-img rebase` names another)",
-                    path.display()
-                ));
-            }
-            Err(error) => return Err(error),
-        };
-        if !self.any && !whole.starts_with(&self.folder) {
-            return refuse(format!(
-                "its {what} {} lies outside of the image's own folder; --allow-backing any, where you trust the image",
-                whole.display()
-            ));
-        }
-        if !self.see(&whole) {
-            return refuse(format!("its {what} {} is part of the chain already: a loop", whole.display()));
-        }
-        if self.seen.len() > MAX_FILES {
-            return refuse(format!(
-                "its chain has more than {MAX_FILES} files; `qemu-img commit` shortens it"
-            ));
-        }
-        Ok(whole)
-    }
-}
-
-/// `nbd`, `https`, `fat+rw`; not `C` and not `./a`.
-fn is_scheme(text: &str) -> bool {
-    text.len() > 1 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'-')
-}
-
-/// A path as an image means it: from its own folder.
-pub(super) fn beside(image: &Path, name: &Path) -> PathBuf {
-    image.parent().unwrap_or(Path::new("")).join(name)
-}
-
-fn canonical(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => OpenError::NotFound(path.to_owned()),
-        _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source },
-    })
+    Err(unsupported(
+        path,
+        format!(
+            "would write to its data file {found}; --data-file {found} allows that, where you trust the image, \
+             or serve it with --read-only",
+            found = found.display()
+        ),
+    ))
 }
 
 /// The files of an image that are open, in the order of their numbers.
@@ -216,13 +177,22 @@ impl<'a> Files<'a> {
     }
 
     /// A file whose bytes are served, and which is only read.
-    fn plain(&mut self, path: &Path) -> Result<Host> {
+    pub(super) fn plain(&mut self, path: &Path) -> Result<Host> {
         let options = FileOptions { read_only: true, ..self.options.file.clone() };
         let file: Arc<dyn Backend> = Arc::new(FileBackend::open(path, &options)?);
+        self.add(path, file)
+    }
+
+    /// Adds what is open already.
+    pub(super) fn add(&mut self, path: &Path, file: Arc<dyn Backend>) -> Result<Host> {
         let number = self.number(path)?;
         self.open.push(file.clone());
         let size = file.geometry().size;
         Ok(Host::read_only(path, number, file, size))
+    }
+
+    pub(super) fn any_backing(&self) -> bool {
+        self.options.access.any_backing
     }
 }
 
@@ -232,15 +202,21 @@ impl<'a> Files<'a> {
 /// One line that names the file which could not be opened.
 pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, Vec<Arc<dyn Backend>>)> {
     let layers = match &options.file.via {
-        Some(via) => alone(path, via, options.format)?,
-        None => follow(path, options.format, options.access.any_backing)?,
+        Some(via) => alone(path, via, options)?,
+        None => follow(path, options.format, &options.access, options.file.read_only)?,
     };
     let mut files = Files { options, open: Vec::new(), data_descriptor: None, descriptors: Vec::new() };
     // From the top down, so that the image itself is locked first; then built from the bottom up.
     let mut hosts = Vec::new();
     for (n, layer) in layers.iter().enumerate() {
         let host = match layer.format {
-            ImageFormat::Qcow2 => files.container(&layer.path, n == 0)?,
+            ImageFormat::Qcow2 => {
+                let host = files.container(&layer.path, n == 0)?;
+                if let Some(header) = &layer.header {
+                    ignore_marks(&host, header);
+                }
+                host
+            }
             ImageFormat::Raw | ImageFormat::Vmdk => files.plain(&layer.path)?,
         };
         let data = match &layer.data_file {
@@ -296,6 +272,16 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
     Ok((parts, files.open))
 }
 
+/// Has an image read although it is marked dirty or corrupt; [`layer`] has refused one that is written.
+fn ignore_marks(host: &Host, header: &Header) {
+    if let Some(mark) = header.mark() {
+        tracing::warn!(
+            "{host}: is marked {mark}, and what is read may be wrong; `qemu-img check -r all {host}` repairs it"
+        );
+        host.hide_marks();
+    }
+}
+
 /// Bytes of a cluster of each layer that has clusters.
 fn clusters(layers: &[Layer]) -> impl Iterator<Item = u64> {
     layers.iter().filter_map(|layer| layer.header.as_ref().map(Header::cluster_size))
@@ -345,10 +331,7 @@ async fn build(
     let failed = |error: std::io::Error| {
         let check = match layer.format {
             ImageFormat::Qcow2 => format!("; `qemu-img check {}` tells more", layer.path.display()),
-            ImageFormat::Raw => String::new(),
-            ImageFormat::Vmdk => {
-                format!("; `qemu-img convert -O qcow2 {} NEW` makes one that works", layer.path.display())
-            }
+            ImageFormat::Raw | ImageFormat::Vmdk => String::new(),
         };
         unsupported(&layer.path, format!("cannot be opened as {}: {error}{check}", layer.format))
     };
@@ -366,52 +349,11 @@ async fn build(
                     "is a vmdk image, which can only be read; serve it with --read-only".into(),
                 ));
             }
-            let mut refusal = None;
-            let policy = Policy::new(&layer.path, files.options.access.any_backing)?;
-            let gate = Extents { image: &layer.path, files, policy, refusal: &mut refusal };
-            let built = Vmdk::<Host>::builder(host).open(gate).await;
-            match (built, refusal) {
-                (_, Some(refusal)) => Err(refusal),
-                (built, None) => built.map(FormatAccess::new).map_err(failed),
-            }
+            super::vmdk::open(&layer.path, &host, files).await
         }
     }
 }
 
-/// Opens the extents that a VMDK descriptor names.
-struct Extents<'a, 'b> {
-    image: &'a Path,
-    files: &'a mut Files<'b>,
-    policy: Policy,
-    refusal: &'a mut Option<OpenError>,
-}
-
-impl Extents<'_, '_> {
-    fn open(&mut self, path: &Path) -> Result<Host> {
-        let name = path.to_str().unwrap_or_default();
-        let path = self.policy.admit(self.image, name, "extent")?;
-        self.files.plain(&path)
-    }
-}
-
-impl ImplicitOpenGate<Host> for Extents<'_, '_> {
-    async fn open_format<F: FormatDriverBuilder<Host>>(
-        &mut self,
-        _builder: F,
-    ) -> std::io::Result<FormatAccess<Host>> {
-        Err(std::io::Error::other("an extent with a format of its own"))
-    }
-
-    async fn open_storage(&mut self, options: StorageOpenOptions) -> std::io::Result<Host> {
-        let path = options.get_filename().unwrap_or(Path::new("")).to_owned();
-        self.open(&path).map_err(|error| {
-            let text = error.to_string();
-            *self.refusal = Some(error);
-            std::io::Error::other(text)
-        })
-    }
-}
-
-fn unsupported(path: &Path, reason: String) -> OpenError {
+pub(super) fn unsupported(path: &Path, reason: String) -> OpenError {
     OpenError::Unsupported { path: path.to_owned(), reason }
 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, FormatDriverBuilder};
 
-use super::chain::{beside, follow};
+use super::chain::follow;
 use super::host::Host;
+use super::names::beside;
 use super::probe::{ImageFormat, probe};
 use super::{ImageAccess, ImageBackend, ImageOptions, commit, thread};
 use crate::backend::file::{FileBackend, FileOptions};
@@ -110,8 +111,8 @@ fn look_at(path: &Path, name: &Path, options: &CreateOptions) -> Result<Backing,
     let size = if format == ImageFormat::Raw {
         FileBackend::open(&found, &file)?.geometry().size
     } else {
-        follow(&found, format, options.any_backing)?;
         let access = ImageAccess { any_backing: options.any_backing, ..ImageAccess::default() };
+        follow(&found, format, &access, true)?;
         let options = ImageOptions { file, format, access };
         ImageBackend::open(&found, &options)?.geometry().size
     };

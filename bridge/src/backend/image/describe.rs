@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::ImageAccess;
 use super::chain::follow;
 use super::header::{self, Header};
 use super::probe::{ImageFormat, probe};
@@ -60,8 +61,9 @@ pub fn describe(
         _ => OpenError::Os { path: path.to_owned(), action: "cannot look at it", error: source },
     })?;
     let header = if format == ImageFormat::Qcow2 { Some(header::load(path)?) } else { None };
+    let access = ImageAccess { any_backing, ..ImageAccess::default() };
     // What keeps it from being opened is said by whoever opens it.
-    let layers = follow(path, format, any_backing).unwrap_or_default();
+    let layers = follow(path, format, &access, true).unwrap_or_default();
     Ok(Description {
         format,
         size: header.as_ref().map(|header| header.size),

@@ -47,6 +47,11 @@ pub(super) const IN_USE: u64 = 1 << 47;
 /// Where the autoclear bits are, in bytes.
 pub(super) const AUTOCLEAR_AT: usize = 88;
 
+/// Where the marks for dirty and corrupt lie in a header of version 3, in bytes: the last of eight.
+pub(super) const MARKS_AT: u64 = 79;
+/// The marks in that byte.
+pub(super) const MARKS: u8 = 0b11;
+
 /// What a qcow2 header says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
@@ -106,19 +111,31 @@ impl Header {
         named.into_iter().filter_map(|(set, name)| set.then_some(name)).collect()
     }
 
-    /// Why the image cannot be served, with the way out; None where it can.
-    pub(super) fn refusal(&self, path: &Path) -> Option<String> {
+    /// Returns the mark that says that the image is not in order.
+    pub(super) fn mark(&self) -> Option<&'static str> {
+        match () {
+            () if self.incompatible & CORRUPT != 0 => Some("corrupt"),
+            () if self.incompatible & DIRTY != 0 => Some("dirty"),
+            () => None,
+        }
+    }
+
+    /// Returns why the image cannot be served, with the way out. An image that is only read may be marked dirty or
+    /// corrupt.
+    pub(super) fn refusal(&self, path: &Path, read_only: bool) -> Option<String> {
         let path = path.display();
         let convert = format!("`qemu-img convert -O qcow2 {path} NEW` makes one without");
-        let check = format!("`qemu-img check -r all {path}` repairs it");
+        let check = format!("`qemu-img check -r all {path}` repairs it, and --read-only serves it as it is");
         let unknown = self.incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
         match () {
             () if self.crypt != 0 => Some(format!("is encrypted, which is not supported; {convert}")),
             () if unknown != 0 => {
                 Some(format!("has features that are not known (incompatible bits {unknown:#x}); {convert}"))
             }
-            () if self.incompatible & CORRUPT != 0 => Some(format!("is marked corrupt; {check}")),
-            () if self.incompatible & DIRTY != 0 => {
+            () if self.incompatible & CORRUPT != 0 && !read_only => {
+                Some(format!("is marked corrupt; {check}"))
+            }
+            () if self.incompatible & DIRTY != 0 && !read_only => {
                 Some(format!("is marked dirty: it was not closed in good order; {check}"))
             }
             () if self.incompatible & COMPRESSION != 0 => {
@@ -255,9 +272,6 @@ fn judge(header: &Header) -> Result<(), String> {
             return Err(malformed(&format!("{what}: at {offset:#x}")));
         }
     }
-    if !header.size.is_multiple_of(512) {
-        return Err(malformed(&format!("a size of {} bytes, no multiple of 512", header.size)));
-    }
     if header.reftable_clusters == 0 {
         return Err(malformed("no refcount table"));
     }
@@ -366,7 +380,7 @@ mod tests {
         assert_eq!((header.size, header.cluster_size(), header.l1_entries), (1 << 30, 65536, 2));
         assert_eq!(header.backing.as_deref(), Some("b.img"));
         assert_eq!(header.backing_format.as_deref(), Some("raw"));
-        assert_eq!(header.refusal(Path::new("x")), None);
+        assert_eq!(header.refusal(Path::new("x"), false), None);
     }
 
     #[test]
@@ -379,7 +393,6 @@ mod tests {
             (20, 22),
             (20, u32::MAX),
             (24, u32::MAX),
-            (28, 511),
             (36, 0),
             (36, u32::MAX),
             (40, u32::MAX),
@@ -412,10 +425,10 @@ mod tests {
             (1 << 40, "0x10000000000", "convert"),
         ] {
             let header = Header { incompatible: bit, ..Header::default() };
-            let line = header.refusal(Path::new("disk.qcow2")).unwrap();
+            let line = header.refusal(Path::new("disk.qcow2"), false).unwrap();
             assert!(line.contains(word) && line.contains(way_out), "{line}");
         }
         let header = Header { crypt: 2, ..Header::default() };
-        assert!(header.refusal(Path::new("x")).unwrap().contains("encrypted"));
+        assert!(header.refusal(Path::new("x"), false).unwrap().contains("encrypted"));
     }
 }

@@ -65,6 +65,8 @@ struct Inner {
     tables: OnceLock<(u64, Tables)>,
     /// Its tables contradict each other: nothing that is kept back may go to the file.
     corrupt: AtomicBool,
+    /// imago does not see the header's marks for dirty and corrupt.
+    marks_hidden: AtomicBool,
     /// That something is wrong with it has been said.
     told: AtomicBool,
     /// Nothing is kept back: for the test that shows why it is.
@@ -100,6 +102,7 @@ impl Host {
             device: OnceLock::new(),
             tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
+            marks_hidden: AtomicBool::new(false),
             told: AtomicBool::new(false),
             #[cfg(test)]
             at_once: AtomicBool::new(false),
@@ -144,9 +147,14 @@ impl Host {
     pub(super) fn tell(&self, what: &str) {
         if !self.0.told.swap(true, Relaxed) {
             let path = self.0.path.display();
-            tracing::error!(
-                "{path}: the image is corrupt: {what}; `qemu-img check -r all {path}` repairs it"
-            );
+            // A file of plain bytes has nothing to repair.
+            if self.0.tables.get().is_some() {
+                tracing::error!(
+                    "{path}: the image is corrupt: {what}; `qemu-img check -r all {path}` repairs it"
+                );
+            } else {
+                tracing::error!("{path}: is not as long as the image that names it says: {what}");
+            }
         }
     }
 
@@ -223,6 +231,11 @@ impl Host {
     pub(super) fn count_tables(&self, cluster: u64, tables: Tables) {
         // There is one image in a file, which is opened once.
         let _ = self.0.tables.set((cluster, tables));
+    }
+
+    /// Has imago open an image that is marked dirty or corrupt.
+    pub(super) fn hide_marks(&self) {
+        self.0.marks_hidden.store(true, Relaxed);
     }
 
     /// Counts what looks like a table.
@@ -409,14 +422,20 @@ impl Storage for Host {
 
     /// Beside the image that names it, as qemu has it.
     fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
-        Ok(super::chain::beside(&self.0.path, relative.as_ref()))
+        Ok(super::names::beside(&self.0.path, relative.as_ref()))
     }
 
     // SAFETY: nothing is unsafe in here; any alignment is served.
     async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let len = usize::try_from(bufv.len()).map_err(io::Error::other)?;
         self.count_table(offset, bufv.len());
-        let buf = self.read(offset, len).await?;
+        let mut buf = self.read(offset, len).await?;
+        if self.0.marks_hidden.load(Relaxed)
+            && let Some(at) = header::MARKS_AT.checked_sub(offset)
+            && let Some(byte) = buf.get_mut(index(at))
+        {
+            *byte &= !header::MARKS;
+        }
         bufv.copy_from_slice(&buf);
         Ok(())
     }

@@ -17,6 +17,9 @@ const STEPS: usize = 64 << 10;
 /// After so many of them the thread's other tasks have their turn.
 const STEPS_IN_A_ROW: usize = 256;
 
+/// The smallest part of a disk that can have a place of its own, in bytes.
+const SECTOR: u64 = 512;
+
 /// Most bytes that one request brings closer.
 const READ_AHEAD: u64 = 256 << 20;
 
@@ -29,12 +32,19 @@ impl Engine {
         let mut extents = Vec::new();
         let mut at = 0;
         for step in 1..=STEPS {
-            let (segment, count) = self.look(offset + at, len - at).await?;
+            let (segment, count) = match self.look_before_damage(offset + at, len - at).await {
+                // What lies before a damaged entry is known all the same.
+                Err(_) if !extents.is_empty() => break,
+                found => found?,
+            };
             let found = match segment {
                 Segment::File { file, offset, .. }
                     if *sparse[usize::from(file)].get_or_insert_with(|| self.is_sparse(file)) =>
                 {
-                    self.file(file).block_status(offset, count, flags).await?
+                    match self.file(file).block_status(offset, count, flags).await {
+                        Err(_) if !extents.is_empty() => break,
+                        found => found?,
+                    }
                 }
                 Segment::File { .. } | Segment::Special => {
                     vec![Extent { len: count, kind: ExtentKind::Data }]
@@ -61,6 +71,11 @@ impl Engine {
         Ok(extents)
     }
 
+    /// Returns what a range begins with although an entry of a table further on may be damaged.
+    async fn look_before_damage(&self, offset: u64, len: u64) -> Result<(Segment, u64)> {
+        before_damage(len, async |len| self.look(offset, len).await).await
+    }
+
     /// Whether a file takes up clearly less space than its length: one that is asked for its holes.
     fn is_sparse(&self, file: u8) -> bool {
         let length = match self.shared.written.contains(&file) {
@@ -76,8 +91,13 @@ impl Engine {
         let mut depths = Vec::new();
         let mut at = 0;
         for step in 1..=STEPS {
-            let (level, count) =
-                depth(&self.image, offset + at, len - at).await.map_err(|error| from_io(&error))?;
+            let found = before_damage(len - at, async |len| {
+                depth(&self.image, offset + at, len).await.map_err(|error| from_io(&error))
+            });
+            let (level, count) = match found.await {
+                Err(_) if !depths.is_empty() => break,
+                found => found?,
+            };
             push_depth(&mut depths, count, level);
             if depths.len() > MAX_EXTENTS {
                 depths.truncate(MAX_EXTENTS);
@@ -109,6 +129,24 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Looks up a range; if that fails, a shorter one with the same start, down to one sector. Runs of clusters are looked up
+/// together, so one damaged entry fails all of them.
+async fn before_damage<T>(len: u64, look: impl AsyncFn(u64) -> Result<T>) -> Result<T> {
+    let mut failed = match look(len).await {
+        Err(error) => error,
+        found => return found,
+    };
+    let mut len = len;
+    while len > SECTOR {
+        len = (len / 2).next_multiple_of(SECTOR);
+        match look(len).await {
+            Err(error) => failed = error,
+            found => return found,
+        }
+    }
+    Err(failed)
 }
 
 /// The depth that a range begins with, and for how many bytes.
