@@ -110,7 +110,7 @@ impl Uri {
         Self { address: Address::Unix(socket.to_owned()), export: export.to_owned() }
     }
 
-    /// Whether `text` means to be an address of this kind, well-formed or not: it has the scheme of one. `nbd:NAME`
+    /// Returns true if `text` means to be an address of this kind, well-formed or not: it has the scheme of one. `nbd:NAME`
     /// without another colon is the name of a file.
     pub fn is_meant(text: &str) -> bool {
         let legacy = text.strip_prefix(LEGACY).is_some_and(|rest| rest.contains(':'));

@@ -295,7 +295,7 @@ impl Disk {
         (hole > offset).then(|| self.range(offset, hole - offset))
     }
 
-    /// Whether a range of a file in memory has holes, by what was counted in it. Pages that were swapped out are missing
+    /// Returns true if a range of a file in memory has holes, by what was counted in it. Pages that were swapped out are missing
     /// too, but are no holes.
     fn has_holes(&self, stat: sys::CacheStat, start: u64, end: u64) -> bool {
         stat.cached < self.pages(start, end - start) && stat.evicted == 0

@@ -23,7 +23,7 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_REFCOUNT_ORDER: u32 = 6;
 const MAX_BACKING_NAME: u32 = 1023;
 
-/// Where the size of the disk is.
+/// Offset of the size of the disk, in bytes.
 pub(super) const SIZE_OFFSET: u64 = 24;
 
 /// Longest header with its extensions that is read, in bytes.
@@ -44,10 +44,10 @@ const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// writes to the image has to clear it, so that the bit tells that no other program has.
 pub(super) const IN_USE: u64 = 1 << 47;
 
-/// Where the autoclear bits are, in bytes.
+/// Offset of the autoclear bits, in bytes.
 pub(super) const AUTOCLEAR_AT: usize = 88;
 
-/// Where the marks for dirty and corrupt lie in a header of version 3, in bytes: the last of eight.
+/// Offset of the marks for dirty and corrupt in a header of version 3, in bytes: the last of eight.
 pub(super) const MARKS_AT: u64 = 79;
 /// The marks in that byte.
 pub(super) const MARKS: u8 = 0b11;
@@ -89,7 +89,7 @@ impl Header {
         self.incompatible & DATA_FILE != 0
     }
 
-    /// Whether a server of this program has the image in use, or has died without closing it.
+    /// Returns true if a server of this program has the image in use, or died without closing it.
     pub(super) fn is_in_use(&self) -> bool {
         self.autoclear & IN_USE != 0
     }
