@@ -182,7 +182,8 @@ impl Attachment {
                 || backing == Path::new("/") && attachment.device.as_deref() == Some(device)
         };
         let mut all = Attachment::all();
-        all.sort_by_key(|(attachment, _)| !attachment.is_alive());
+        // Asked once for each: a process can end while they are sorted, and an order that changes is a panic.
+        all.sort_by_cached_key(|(attachment, _)| !attachment.is_alive());
         let (mut attachment, note) = all.into_iter().find(|(attachment, _)| is_it(attachment))?;
         attachment.device = Some(device.to_owned());
         Some((attachment, note))

@@ -126,8 +126,9 @@ fn detach_device(device: &Path, force: bool) -> Result<Ended> {
 fn detach_file(path: &Path, force: bool) -> Result<Ended> {
     let mut all = Attachment::all();
     all.retain(|(attachment, _)| attachment.file == path);
-    // A dead one may have been at the same path before.
-    all.sort_by_key(|(attachment, _)| !(attachment.is_alive() && attachment.is_mounted()));
+    // A dead one may have been at the same path before. Asked once for each: what changes in between must not change the
+    // order.
+    all.sort_by_cached_key(|(attachment, _)| !(attachment.is_alive() && attachment.is_mounted()));
     let mounted = Mounted::at(path).context("cannot learn what is mounted")?;
     let is_mounted = mounted.last().is_some_and(Mounted::is_ours);
     let Some((attachment, note)) = all.into_iter().next() else {

@@ -377,10 +377,12 @@ fn a_data_plane_opens_its_disk_as_the_pool_does() {
         }
     }
     // A qcow2 stands alone: neither a backing file nor a data file beside it is opened, whatever it is.
+    // qemu-img makes a data file where it runs, whatever folder the image is in.
+    let data = format!("data_file={},data_file_raw=on", volume.join("others.raw").display());
     for (name, make) in [
         ("backed", &["-F", "raw", "-b", "disk.raw"][..]),
         ("waits", &["-u", "-F", "qcow2", "-b", "fifo"]),
-        ("data", &["-o", "data_file=disk.raw,data_file_raw=on"]),
+        ("data", &["-o", &data]),
     ] {
         let path = volume.join(name);
         let mut words: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&"create", &"-q", &"-f", &"qcow2"];

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::fmt::{self, Write};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -217,33 +217,41 @@ fn tcp_address(authority: &str) -> Result<Address, UriError> {
     let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or_else(bad)?;
         let port = if after.is_empty() { "" } else { after.strip_prefix(':').ok_or_else(bad)? };
-        if !host.contains(':') {
+        (ipv6(host)?.ok_or_else(bad)?, port)
+    } else {
+        let (host, port) = authority.split_once(':').unwrap_or((authority, ""));
+        // Only an address in brackets has colons, so that what is printed reads the same.
+        let host = String::from_utf8(decode(host)?).map_err(|_| bad())?;
+        if host.contains(':') {
             return Err(bad());
         }
         (host, port)
-    } else {
-        authority.split_once(':').unwrap_or((authority, ""))
     };
     // `parse` would take a sign.
     if !port.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(bad());
     }
     let port = if port.is_empty() { DEFAULT_PORT } else { port.parse().map_err(|_| bad())? };
-    let host = match host.split_once('%') {
-        // RFC 6874 escapes the percent sign before a zone; people write it as ip(8) shows it.
-        Some((address, zone)) if address.contains(':') => {
-            let zone = zone.strip_prefix("25").filter(|zone| !zone.is_empty()).unwrap_or(zone);
-            let zone = decode(zone)?;
-            [address.as_bytes(), b"%", &zone].concat()
-        }
-        _ => decode(host)?,
-    };
-    let host = String::from_utf8(host).map_err(|_| bad())?;
     if port == 0 || host.contains(['\0', '[', ']', '@', '/']) {
         return Err(bad());
     }
     let host = if host.is_empty() { "localhost".to_owned() } else { host };
     Ok(Address::Tcp { host, port })
+}
+
+/// Reads `ADDRESS` or `ADDRESS%ZONE`; `None` where it is no address of IPv6.
+fn ipv6(text: &str) -> Result<Option<String>, UriError> {
+    let (address, zone) = text.split_once('%').map_or((text, None), |(address, zone)| (address, Some(zone)));
+    if address.parse::<Ipv6Addr>().is_err() {
+        return Ok(None);
+    }
+    let Some(zone) = zone else {
+        return Ok(Some(address.to_owned()));
+    };
+    // RFC 6874 escapes the percent sign before a zone; people write it as ip(8) shows it.
+    let zone = zone.strip_prefix("25").filter(|zone| !zone.is_empty()).unwrap_or(zone);
+    let zone = String::from_utf8(decode(zone)?).ok().filter(|zone| !zone.is_empty());
+    Ok(zone.map(|zone| format!("{address}%{zone}")))
 }
 
 fn decode(text: &str) -> Result<Vec<u8>, UriError> {
