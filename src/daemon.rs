@@ -168,16 +168,23 @@ impl Ready {
 
     /// Writes the pid file and prints `lines` on stdout; then a background process leaves its terminal and lets its
     /// parent end. The doors are open: a script that sees any of this can connect. May be called with threads running.
+    /// `must_print` says that the lines are the command's result, which whoever started it cannot do without.
     ///
     /// # Errors
-    /// The pid file cannot be written, the background process cannot leave its terminal, or its parent is gone.
-    pub(crate) fn announce(self, lines: &[OsString]) -> Result<()> {
+    /// The pid file cannot be written, the lines cannot be printed although they must be, the background process cannot
+    /// leave its terminal, or its parent is gone.
+    pub(crate) fn announce(self, lines: &[OsString], must_print: bool) -> Result<()> {
         // First: a script that has read a line may look for the file at once.
         if let Some(pid_file) = &self.pid_file {
             pid_file.publish()?;
         }
-        if !self.silent {
-            output::ready(lines);
+        if !self.silent
+            && let Err(error) = output::places(lines)
+        {
+            if must_print {
+                return Err(error);
+            }
+            tracing::warn!("{error:#}");
         }
         if let Some((_, keep_stderr)) = &self.parent {
             leave_terminal(*keep_stderr)?;

@@ -117,6 +117,16 @@ fn whole(path: &Path) -> PathBuf {
     }
 }
 
+/// Returns whether a door makes a device or a mount on this host: whoever started the process must learn where it is. A
+/// device that is taken over is known, and in use.
+pub(crate) fn are_made(doors: &[DoorArgs]) -> bool {
+    doors.iter().any(|door| match door {
+        DoorArgs::Net(_) => false,
+        DoorArgs::Fuse(_) | DoorArgs::Loop(_) => true,
+        DoorArgs::Ublk(args) => args.recover.is_none(),
+    })
+}
+
 /// How long a source may be locked by a process that has died.
 pub(crate) fn patience(doors: &[DoorArgs]) -> Duration {
     let recovering = doors.iter().filter_map(DoorArgs::ublk).filter(|ublk| ublk.recover.is_some());

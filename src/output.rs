@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`text`] | results for people | escaped |
 //! | [`data`] | JSON and other text for programs | as they are |
-//! | [`place`], [`ready`] | where something is found, for scripts | escaped on a terminal alone |
+//! | [`places`], [`result`] | where something is found that a command has made, for scripts | escaped on a terminal alone |
 //! | [`note`] | lines on stderr | escaped |
 //! | `log` | log lines on stderr | escaped |
 //!
@@ -24,6 +24,9 @@ use anyhow::{Context, Result};
 
 pub(crate) use log::Log;
 
+/// What failed where stdout cannot be written.
+const CANNOT: &str = "cannot write to standard output";
+
 /// Writes text for people to stdout; a reader that has enough (`| head`) is no failure.
 ///
 /// # Errors
@@ -37,25 +40,32 @@ pub(crate) fn text(text: &str) -> Result<()> {
 /// # Errors
 /// Standard output's.
 pub(crate) fn data(text: impl AsRef<[u8]>) -> Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_ref()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+    match put(text.as_ref()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context(CANNOT),
         _ => Ok(()),
     }
 }
 
-/// Writes a place to stdout as a line, for a script byte by byte; a reader that has enough is no failure.
+/// Writes text for programs to stdout without which the work of the command is of no use: a closed pipe is a failure.
 ///
 /// # Errors
 /// Standard output's.
-pub(crate) fn place(place: &OsStr) -> Result<()> {
-    data(line_for_scripts(place))
+pub(crate) fn result(text: impl AsRef<[u8]>) -> Result<()> {
+    put(text.as_ref()).context(CANNOT)
 }
 
-/// Writes places to stdout that nobody may want to read: a failure is none of the server's.
-pub(crate) fn ready(places: &[OsString]) {
+/// Writes the places of what a command has made to stdout, a line each, for a script byte by byte.
+///
+/// # Errors
+/// Standard output's, as for [`result`].
+pub(crate) fn places(places: &[OsString]) -> Result<()> {
     let lines: Vec<Vec<u8>> = places.iter().map(|place| line_for_scripts(place)).collect();
-    let _ = data(lines.concat());
+    result(lines.concat())
+}
+
+fn put(text: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text).and_then(|()| out.flush())
 }
 
 fn line_for_scripts(place: &OsStr) -> Vec<u8> {

@@ -210,7 +210,9 @@ impl Server<'_> {
     async fn serve(&self, stop: &mut Stop, ready: Ready, made: assemble::Made) -> Result<()> {
         let doors = self.doors();
         let lines: Vec<OsString> = doors.iter().flat_map(|door| door.lines()).collect();
-        ready.announce(&lines)?;
+        // A server in the foreground has its addresses from the command line.
+        let must_print = self.args.process.fork || door::are_made(&self.args.doors);
+        ready.announce(&lines, must_print)?;
         made.keep();
         let mut ended = pin!(main_one(doors.iter().map(|door| door.serve()).collect()));
         tokio::select! {

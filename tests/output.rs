@@ -5,6 +5,9 @@
 
 mod support;
 
+#[path = "output/result.rs"]
+mod result;
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};

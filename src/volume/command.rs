@@ -68,13 +68,7 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
             }
             say(json, &json!({ "removed": removed }), String::new)
         }
-        VolumeWish::Mount { name } => {
-            let path = pool.mount(name, Volume::BY_HAND, &bar)?;
-            if !json {
-                output::place(path.as_os_str())?;
-            }
-            say(json, &json!({ "name": name, "path": OsText::from(&path) }), String::new)
-        }
+        VolumeWish::Mount { name } => mount(pool, name, &bar, json),
         VolumeWish::Unmount { name } => unmount(pool, name, json),
         VolumeWish::Limit { name, change } => {
             let limits = match change.as_deref() {
@@ -107,6 +101,24 @@ fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
         }
         VolumeWish::Pool(wish) => settings(pool, wish, json),
     }
+}
+
+/// Mounts a volume and prints where it is. Where that cannot be printed, the volume is as it was before.
+fn mount(pool: &Pool, name: &Name, bar: &Bar, json: bool) -> Result<String> {
+    let was_held = pool.state(name)?.holders.contains_key(Volume::BY_HAND);
+    let path = pool.mount(name, Volume::BY_HAND, bar)?;
+    let printed = if json {
+        output::result(json_text(&json!({ "name": name, "path": OsText::from(&path) }))?)
+    } else {
+        output::places(&[path.into()])
+    };
+    if let Err(error) = printed {
+        if !was_held {
+            pool.unmount(name, Volume::BY_HAND)?;
+        }
+        return Err(error.into());
+    }
+    Ok(String::new())
 }
 
 fn unmount(pool: &Pool, name: &Name, json: bool) -> Result<String> {

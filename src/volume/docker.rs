@@ -78,8 +78,10 @@ async fn serve(pool: Pool, socket: &Path, passed: Vec<PassedSocket>) -> Result<(
     let work = Work::new(pool);
     let looked = Arc::clone(&work);
     tokio::task::spawn_blocking(move || looked.recover());
-    // Whoever started us may not want to hear it.
-    let _ = output::place(path.as_os_str());
+    // Whoever started the daemon knows the path.
+    if let Err(error) = output::places(&[path.into()]) {
+        tracing::warn!("{error:#}");
+    }
     tell("READY=1");
     tokio::select! {
         () = server::accept(listener, &work) => {}
