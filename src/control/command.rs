@@ -5,8 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
 use bridge::Operation;
+use bytes::Bytes;
 use hyper::Method;
-use hyper::body::Bytes;
 use serde::Serialize;
 use serde_json::json;
 

@@ -16,7 +16,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Query, Request, State};
 use axum::http::StatusCode;
@@ -25,6 +24,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bridge::layer::{SettingError, ThrottleConfig, ThrottleHandle};
 use bridge::{Error, ErrorKind, Export};
+use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 

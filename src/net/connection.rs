@@ -11,6 +11,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use bridge::{Account, Charge, Export, FileRange};
+use bytes::Bytes;
 use nbd_proto::{Negotiated, ReplyStyle, TransmissionFlags};
 
 use tokio::sync::Notify;
@@ -123,7 +124,7 @@ impl Connection {
     }
 
     /// Queues (part of) an answer and has the writer send it.
-    pub(super) fn push(&self, head: Vec<u8>, body: Body, last: bool, charge: Charge) {
+    pub(super) fn push(&self, head: Bytes, body: Body, last: bool, charge: Charge) {
         let answers = u32::from(last);
         if self.closed.get() {
             self.end(answers);
@@ -134,7 +135,7 @@ impl Connection {
     }
 
     /// Queues a part of the stream that the caller holds the lock for, and waits until it is sent.
-    pub(super) async fn push_stream(&self, head: Vec<u8>, body: Body, last: bool) {
+    pub(super) async fn push_stream(&self, head: Bytes, body: Body, last: bool) {
         let answers = u32::from(last);
         if self.closed.get() {
             self.end(answers);
@@ -152,7 +153,7 @@ impl Connection {
     pub(super) fn push_file(&self, range: FileRange, last: bool) {
         let answers = u32::from(last);
         self.in_flight.set(self.in_flight.get() + answers);
-        let (head, body, charge) = (Vec::new(), Body::File(range), Charge::default());
+        let (head, body, charge) = (Bytes::new(), Body::File(range), Charge::default());
         self.output.borrow_mut().push(Segment { head, body, answers, _charge: charge });
     }
 
@@ -182,8 +183,8 @@ impl Connection {
         if sent < bytes.len() {
             self.in_flight.set(self.in_flight.get() + arena.answers());
             self.output.borrow_mut().push(Segment {
-                head: Vec::new(),
-                body: Body::Bytes(bytes[sent..].to_vec()),
+                head: Bytes::new(),
+                body: Body::Bytes(Bytes::copy_from_slice(&bytes[sent..])),
                 answers: arena.answers(),
                 _charge: charge.take().unwrap_or_default(),
             });

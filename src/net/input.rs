@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use bridge::{Charge, Flags};
+use bytes::{Buf, BytesMut};
 use nbd_proto::NbdError;
 
 use super::arena::{RECEIVE_BYTES, RECEIVE_CHARGE, SMALL_BYTES};
@@ -41,9 +42,8 @@ pub(super) enum Stop {
 /// The input side of a connection.
 #[derive(Default)]
 pub(super) struct Input {
-    /// Unprocessed bytes, from `start` on.
-    kept: Vec<u8>,
-    start: usize,
+    /// Unprocessed bytes.
+    kept: BytesMut,
     /// Pays for the bytes kept beyond what the reserve covers.
     charge: Option<Charge>,
     /// The last receive filled its buffer: there is more than a small one holds.
@@ -57,18 +57,18 @@ pub(super) struct Input {
 }
 
 impl Input {
-    pub(super) fn new(first: Vec<u8>) -> Self {
+    pub(super) fn new(first: BytesMut) -> Self {
         Input { kept: first, ..Input::default() }
     }
 
     /// Bytes kept from earlier passes.
     pub(super) fn unprocessed(&self) -> &[u8] {
-        &self.kept[self.start..]
+        &self.kept
     }
 
     /// Whether the peer is in the middle of a request, so that it must go on sending.
     pub(super) fn is_midway(&self) -> bool {
-        self.payload.is_some() || self.start < self.kept.len()
+        self.payload.is_some() || !self.kept.is_empty()
     }
 
     /// Whether more may be kept than the reserve covers.
@@ -104,31 +104,24 @@ impl Input {
     /// `bytes` were offered to a pass, which processed `used` of them; they begin with the kept ones.
     pub(super) fn keep_rest(&mut self, bytes: &[u8], used: usize) {
         self.kept.clear();
-        self.start = 0;
         self.kept.extend_from_slice(&bytes[used..]);
         self.settle();
     }
 
     /// A pass over the kept bytes themselves processed `used` of them.
     pub(super) fn skip(&mut self, used: usize) {
-        self.start += used;
+        self.kept.advance(used);
         self.settle();
     }
 
     /// Gives memory back that is needed no more.
     fn settle(&mut self) {
-        if self.start == self.kept.len() {
-            self.kept.clear();
-            self.start = 0;
+        if self.kept.len() > SMALL_BYTES {
+            return;
         }
-        let left = self.kept.len() - self.start;
-        if left <= SMALL_BYTES {
-            self.charge = None;
-            if self.kept.capacity() > SMALL_BYTES {
-                self.kept = self.kept.split_off(self.start);
-                self.kept.shrink_to(SMALL_BYTES);
-                self.start = 0;
-            }
+        // What was advanced over is no part of the capacity, but of the memory: a charge tells of it, too.
+        if self.charge.take().is_some() || self.kept.capacity() > SMALL_BYTES {
+            self.kept = BytesMut::from(&self.kept[..]);
         }
     }
 }

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 
 use bridge::{Buffer, Charge, FileRange};
+use bytes::Bytes;
 
 use super::socket::Socket;
 
@@ -19,7 +20,7 @@ const TURN_BYTES: usize = 2 << 20;
 /// What a segment carries behind its head.
 pub(super) enum Body {
     None,
-    Bytes(Vec<u8>),
+    Bytes(Bytes),
     Buffer(Buffer),
     File(FileRange),
 }
@@ -46,7 +47,7 @@ impl Body {
 /// Bytes that leave in one piece: a chunk, an answer, or several of them.
 pub(super) struct Segment {
     /// Headers.
-    pub(super) head: Vec<u8>,
+    pub(super) head: Bytes,
     /// Payload.
     pub(super) body: Body,
     /// How many requests are answered when the last byte is out.

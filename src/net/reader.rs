@@ -10,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bridge::Charge;
+use bytes::BytesMut;
 
 use super::arena::{Arena, RECEIVE_BYTES, SCRATCH, Scratch};
 use super::connection::{Connection, ready_if};
@@ -57,7 +58,7 @@ pub(super) struct Reader {
 
 impl Reader {
     /// A reader that begins with `first`, what arrived behind the handshake.
-    pub(super) fn new(connection: &Rc<Connection>, first: Vec<u8>) -> Self {
+    pub(super) fn new(connection: &Rc<Connection>, first: BytesMut) -> Self {
         Reader {
             connection: connection.clone(),
             input: Input::new(first),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bridge::Account;
+use bytes::BytesMut;
 use nbd_proto::{CloseReason, Handshake, Limits, Negotiated, Step, TlsPolicy};
 
 use super::connection::{Connection, Listed};
@@ -133,7 +134,7 @@ fn too_slow(limit: Duration) -> io::Error {
 }
 
 /// The handshake. None where the client left in good order; else the outcome, and what came behind it.
-async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negotiated, Vec<u8>)>> {
+async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negotiated, BytesMut)>> {
     let limits = Limits::default().for_exports(shared.exports.list.len());
     let mut handshake = Handshake::new(limits, TlsPolicy::Disabled);
     let mut phase = shared.watch_phase();
@@ -187,7 +188,7 @@ async fn negotiate(shared: &Shared, socket: &Socket) -> io::Result<Option<(Negot
             match step {
                 Step::NeedMore => break,
                 Step::Flush => {}
-                Step::Transmission(negotiated) => return Ok(Some((negotiated, input.to_vec()))),
+                Step::Transmission(negotiated) => return Ok(Some((negotiated, BytesMut::from(input)))),
                 Step::Close(CloseReason::Abort) => return Ok(None),
                 Step::Close(reason) => return Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
                 // Without TLS the handshake refuses the option itself.

@@ -8,7 +8,11 @@ use std::time::Instant;
 use bridge::admission::RESERVE_BYTES;
 use bridge::zero::is_zero;
 use bridge::{Buffer, Charge, Error, ErrorKind, Flags, Operation, Reply, Request};
-use nbd_proto::{NbdError, ReplyStyle, put_block_status, put_data_header, put_done, put_error, put_hole};
+use bytes::Bytes;
+use nbd_proto::{
+    ChunkHeader, NbdError, ReplyStyle, SIMPLE_REPLY_LEN, put_block_status, put_data_header, put_done,
+    put_error, put_hole,
+};
 
 use super::connection::Connection;
 use super::late::Change;
@@ -34,6 +38,13 @@ pub(super) fn small_piece(connection: &Connection) -> u32 {
     connection.export.geometry().piece(SMALL_PIECE_BYTES)
 }
 
+/// Room for the head of an answer with `fields` bytes of a chunk's own: no more, since a vector that is full becomes `Bytes`
+/// without another allocation.
+fn room(style: ReplyStyle, fields: usize) -> Vec<u8> {
+    let simple = style == ReplyStyle::Simple || fields == 0 && !style.extended();
+    Vec::with_capacity(if simple { SIMPLE_REPLY_LEN } else { ChunkHeader::len(style) + fields })
+}
+
 /// The answer that a request still owes. It is given exactly once: dropped without, it is EIO.
 pub(super) struct Answer {
     connection: Rc<Connection>,
@@ -52,7 +63,7 @@ impl Answer {
 
     /// Success, with nothing to hand over.
     pub(super) fn done(self, charge: Charge) {
-        let mut head = Vec::with_capacity(32);
+        let mut head = room(self.connection.style, 0);
         put_done(self.connection.style, self.cookie, self.offset, &mut head);
         self.give(head, Body::None, charge);
     }
@@ -71,7 +82,7 @@ impl Answer {
         let mut head = Vec::with_capacity(64);
         put_error(self.connection.style, self.cookie, self.offset, error, message, &mut head);
         self.given = true;
-        self.connection.push(head, Body::None, true, charge);
+        self.connection.push(head.into(), Body::None, true, charge);
     }
 
     /// Part of a read's data; `last` gives the answer.
@@ -79,8 +90,9 @@ impl Answer {
         let style = self.connection.style;
         // A buffer's length is bounded by the largest payload.
         let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        let mut head = Vec::with_capacity(48);
-        let body = if may_be_hole && style != ReplyStyle::Simple && is_zero(&data) {
+        let is_hole = may_be_hole && style != ReplyStyle::Simple && is_zero(&data);
+        let mut head = room(style, if is_hole { 12 } else { 8 });
+        let body = if is_hole {
             put_hole(style, self.cookie, self.offset, offset, len, last, &mut head);
             Body::None
         } else {
@@ -88,12 +100,12 @@ impl Answer {
             Body::Buffer(data)
         };
         self.given |= last;
-        self.connection.push(head, body, last, charge);
+        self.connection.push(head.into(), body, last, charge);
     }
 
     fn give(mut self, head: Vec<u8>, body: Body, charge: Charge) {
         self.given = true;
-        self.connection.push(head, body, true, charge);
+        self.connection.push(head.into(), body, true, charge);
     }
 }
 
@@ -159,7 +171,7 @@ pub(super) fn read_stream(
         let connection = answer.connection.clone();
         let _alone = connection.streaming.lock().await;
         let (len, end) = (request.len, request.offset + request.len);
-        let mut head = Vec::with_capacity(48);
+        let mut head = room(connection.style, 8);
         let (style, cookie, offset) = (connection.style, answer.cookie, answer.offset);
         // No longer than the largest payload.
         put_data_header(
@@ -171,6 +183,7 @@ pub(super) fn read_stream(
             true,
             &mut head,
         );
+        let mut head = Bytes::from(head);
         let mut answer = Some(answer);
         while request.offset < end && !connection.is_closed() {
             request.len = (end - request.offset).min(u64::from(piece));

@@ -1,5 +1,7 @@
 //! Reply chunk headers, structured and extended.
 
+use bytes::BufMut;
+
 use crate::consts::{EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, STRUCTURED_REPLY_MAGIC};
 use crate::error::BadMagic;
 use crate::wire::Reader;
@@ -165,23 +167,25 @@ impl ChunkHeader {
     fn structured(&self) -> [u8; Self::STRUCTURED_LEN] {
         debug_assert!(self.length <= u64::from(u32::MAX), "a structured chunk is below 4 GiB");
         let mut header = [0; Self::STRUCTURED_LEN];
-        header[0..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
-        header[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        header[6..8].copy_from_slice(&self.kind.wire().to_be_bytes());
-        header[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        header[16..20].copy_from_slice(&u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes());
+        let mut place = &mut header[..];
+        place.put_u32(STRUCTURED_REPLY_MAGIC);
+        place.put_u16(self.flags);
+        place.put_u16(self.kind.wire());
+        place.put_u64(self.cookie);
+        place.put_u32(u32::try_from(self.length).unwrap_or(u32::MAX));
         header
     }
 
     #[inline]
     fn extended(&self) -> [u8; Self::EXTENDED_LEN] {
         let mut header = [0; Self::EXTENDED_LEN];
-        header[0..4].copy_from_slice(&EXTENDED_REPLY_MAGIC.to_be_bytes());
-        header[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        header[6..8].copy_from_slice(&self.kind.wire().to_be_bytes());
-        header[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        header[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        header[24..32].copy_from_slice(&self.length.to_be_bytes());
+        let mut place = &mut header[..];
+        place.put_u32(EXTENDED_REPLY_MAGIC);
+        place.put_u16(self.flags);
+        place.put_u16(self.kind.wire());
+        place.put_u64(self.cookie);
+        place.put_u64(self.offset);
+        place.put_u64(self.length);
         header
     }
 

@@ -20,6 +20,8 @@ mod wants;
 pub use error::ClientError;
 pub use wants::{ClientLimits, ClientStep, Goal, Listed, Wants};
 
+use bytes::BufMut;
+
 use crate::chunk::ReplyStyle;
 use crate::consts::{IHAVEOPT, NBDMAGIC, OLDSTYLE_MAGIC, OPTION_REPLY_HEADER_LEN};
 use crate::export::MetaContext;
@@ -212,7 +214,7 @@ impl ClientHandshake {
         self.partial.clear();
         // The bits are the same on both sides.
         self.client_flags = ClientFlags(u32::from((offered & HandshakeFlags::known()).0));
-        out.extend_from_slice(&self.client_flags.0.to_be_bytes());
+        out.put_u32(self.client_flags.0);
         if offered.contains(HandshakeFlags::FIXED_NEWSTYLE) {
             if self.wants.tls {
                 self.ask(Question::StartTls, &[], out);

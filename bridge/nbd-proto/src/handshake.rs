@@ -16,6 +16,8 @@ mod step;
 
 pub use step::{Limits, Step, TlsPolicy};
 
+use bytes::BufMut;
+
 use crate::consts::{IHAVEOPT, MAX_NAME_BYTES, NBDMAGIC, OPTION_HEADER_LEN};
 use crate::error::CloseReason;
 use crate::export::{Directory, Negotiated};
@@ -106,9 +108,10 @@ impl Handshake {
     pub fn greeting(&self) -> [u8; 18] {
         let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
         let mut greeting = [0; 18];
-        greeting[0..8].copy_from_slice(&NBDMAGIC.to_be_bytes());
-        greeting[8..16].copy_from_slice(&IHAVEOPT.to_be_bytes());
-        greeting[16..18].copy_from_slice(&flags.0.to_be_bytes());
+        let mut place = &mut greeting[..];
+        place.put_u64(NBDMAGIC);
+        place.put_u64(IHAVEOPT);
+        place.put_u16(flags.0);
         greeting
     }
 

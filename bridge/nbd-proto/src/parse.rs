@@ -1,5 +1,7 @@
 //! The client's side of replies: decoding what [`crate::put_done`] and its siblings encode.
 
+use bytes::BufMut;
+
 use crate::chunk::{ChunkHeader, ChunkType, ReplyStyle};
 use crate::consts::{REPLY_FLAG_DONE, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC};
 use crate::error::{BadMagic, BadReply, NbdError};
@@ -258,25 +260,25 @@ impl<'a> ChunkBody<'a> {
         match *self {
             Self::None => {}
             Self::OffsetData { offset, data } => {
-                out.extend_from_slice(&offset.to_be_bytes());
+                out.put_u64(offset);
                 out.extend_from_slice(data);
             }
             Self::OffsetHole { offset, length } => {
-                out.extend_from_slice(&offset.to_be_bytes());
-                out.extend_from_slice(&length.to_be_bytes());
+                out.put_u64(offset);
+                out.put_u32(length);
             }
             Self::BlockStatus { context_id, extents } => {
-                out.extend_from_slice(&context_id.to_be_bytes());
+                out.put_u32(context_id);
                 if extents.wide {
                     let count = u32::try_from(extents.len()).unwrap_or(0);
-                    out.extend_from_slice(&count.to_be_bytes());
+                    out.put_u32(count);
                 }
                 out.extend_from_slice(extents.raw);
             }
             Self::Error { error, message } => put_error_fields(error, message, out),
             Self::ErrorOffset { error, message, offset } => {
                 put_error_fields(error, message, out);
-                out.extend_from_slice(&offset.to_be_bytes());
+                out.put_u64(offset);
             }
             Self::Unknown { payload, .. } => out.extend_from_slice(payload),
         }
@@ -291,8 +293,8 @@ fn error_fields<'a>(reader: &mut Reader<'a>) -> Option<(NbdError, &'a str)> {
 }
 
 fn put_error_fields(error: NbdError, message: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(&error.wire().to_be_bytes());
-    out.extend_from_slice(&u16::try_from(message.len()).unwrap_or(0).to_be_bytes());
+    out.put_u32(error.wire());
+    out.put_u16(u16::try_from(message.len()).unwrap_or(0));
     out.extend_from_slice(message.as_bytes());
 }
 

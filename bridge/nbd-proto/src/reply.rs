@@ -1,6 +1,8 @@
 //! Encoders for replies. Each appends one whole message, or the part of it that precedes bulk data, to a
 //! buffer; none allocates apart from growing that buffer.
 
+use bytes::BufMut;
+
 use crate::chunk::{ChunkHeader, ChunkType, ReplyStyle};
 use crate::consts::{MAX_EXTENTS, REPLY_FLAG_DONE, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC};
 use crate::error::NbdError;
@@ -15,9 +17,10 @@ const MAX_NARROW_EXTENT: u32 = u32::MAX - 0xffff;
 #[inline]
 pub fn simple_reply(cookie: u64, error: Option<NbdError>) -> [u8; SIMPLE_REPLY_LEN] {
     let mut reply = [0; SIMPLE_REPLY_LEN];
-    reply[0..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
-    reply[4..8].copy_from_slice(&error.map_or(0, NbdError::wire).to_be_bytes());
-    reply[8..16].copy_from_slice(&cookie.to_be_bytes());
+    let mut place = &mut reply[..];
+    place.put_u32(SIMPLE_REPLY_MAGIC);
+    place.put_u32(error.map_or(0, NbdError::wire));
+    place.put_u64(cookie);
     reply
 }
 
@@ -65,8 +68,8 @@ fn put_error_chunk(
     let message = bounded_text(message).as_bytes();
     let message_len = u16::try_from(message.len()).unwrap_or(u16::MAX);
     put_chunk(style, ChunkType::Error, cookie, request_offset, 6 + u64::from(message_len), done, out);
-    out.extend_from_slice(&error.wire().to_be_bytes());
-    out.extend_from_slice(&message_len.to_be_bytes());
+    out.put_u32(error.wire());
+    out.put_u16(message_len);
     out.extend_from_slice(message);
 }
 
@@ -94,7 +97,7 @@ pub fn put_data_header(
     } else {
         let length = 8 + u64::from(data_len);
         put_chunk(style, ChunkType::OffsetData, cookie, request_offset, length, done, out);
-        out.extend_from_slice(&data_offset.to_be_bytes());
+        out.put_u64(data_offset);
     }
 }
 
@@ -116,8 +119,8 @@ pub fn put_hole(
         put_data_header(style, cookie, request_offset, hole_offset, 0, done, out);
     } else {
         put_chunk(style, ChunkType::OffsetHole, cookie, request_offset, 12, done, out);
-        out.extend_from_slice(&hole_offset.to_be_bytes());
-        out.extend_from_slice(&hole_len.to_be_bytes());
+        out.put_u64(hole_offset);
+        out.put_u32(hole_len);
     }
 }
 
@@ -155,21 +158,21 @@ pub fn put_block_status(
     };
     // How many are sent is known only after they are: the header is written twice.
     put_chunk(style, kind, cookie, request_offset, 0, done, out);
-    out.extend_from_slice(&context_id.to_be_bytes());
+    out.put_u32(context_id);
     if style.extended() {
-        out.extend_from_slice(&0_u32.to_be_bytes());
+        out.put_u32(0);
     }
     let mut count = 0_u32;
     for &(length, flags) in extents.iter().filter(|extent| extent.0 != 0).take(MAX_EXTENTS) {
         count += 1;
         if style.extended() {
-            out.extend_from_slice(&length.to_be_bytes());
-            out.extend_from_slice(&u64::from(flags).to_be_bytes());
+            out.put_u64(length);
+            out.put_u64(u64::from(flags));
             continue;
         }
         let narrow = u32::try_from(length).ok();
-        out.extend_from_slice(&narrow.unwrap_or(MAX_NARROW_EXTENT).to_be_bytes());
-        out.extend_from_slice(&flags.to_be_bytes());
+        out.put_u32(narrow.unwrap_or(MAX_NARROW_EXTENT));
+        out.put_u32(flags);
         if narrow.is_none() {
             break;
         }
@@ -188,7 +191,7 @@ pub fn put_block_status(
     };
     let end = header.write(style, &mut out[start..]);
     if style.extended() {
-        out[start + end + 4..start + end + 8].copy_from_slice(&count.to_be_bytes());
+        (&mut out[start + end + 4..]).put_u32(count);
     }
 }
 

@@ -1,5 +1,7 @@
 //! Requests of the transmission phase: the one message on every connection's hot path.
 
+use bytes::{Buf, BufMut};
+
 use crate::consts::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 use crate::error::{BadMagic, NbdError};
 use crate::flags::{CommandFlags, TransmissionFlags};
@@ -110,36 +112,30 @@ impl Request {
     #[inline]
     pub fn parse(buf: &[u8], extended: bool) -> Result<Option<Self>, BadMagic> {
         let expected = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
-        let Some(magic) = buf.first_chunk::<4>() else {
+        let Ok(magic) = { buf }.try_get_u32() else {
             return Ok(None);
         };
-        let magic = u32::from_be_bytes(*magic);
         if magic != expected {
             return Err(BadMagic { found: u64::from(magic) });
         }
-        // Fixed arrays let the compiler drop every bounds check.
-        if extended {
-            let Some(header) = buf.first_chunk::<{ Self::EXTENDED_LEN }>() else {
-                return Ok(None);
-            };
-            Ok(Some(Self::fields(header, be64(header, 24))))
+        // A length that is known lets the compiler drop the check of each field.
+        let fields = if extended {
+            buf.first_chunk::<{ Self::EXTENDED_LEN }>().map(|header| Self::fields(&header[4..], true))
         } else {
-            let Some(header) = buf.first_chunk::<{ Self::COMPACT_LEN }>() else {
-                return Ok(None);
-            };
-            let length = u32::from_be_bytes([header[24], header[25], header[26], header[27]]);
-            Ok(Some(Self::fields(header, u64::from(length))))
-        }
+            buf.first_chunk::<{ Self::COMPACT_LEN }>().map(|header| Self::fields(&header[4..], false))
+        };
+        Ok(fields)
     }
 
+    /// Reads what follows the magic; `rest` is long enough.
     #[inline]
-    fn fields<const N: usize>(header: &[u8; N], length: u64) -> Self {
+    fn fields(mut rest: &[u8], extended: bool) -> Self {
         Self {
-            flags: CommandFlags(u16::from_be_bytes([header[4], header[5]])),
-            command: Command::from_wire(u16::from_be_bytes([header[6], header[7]])),
-            cookie: be64(header, 8),
-            offset: be64(header, 16),
-            length,
+            flags: CommandFlags(rest.get_u16()),
+            command: Command::from_wire(rest.get_u16()),
+            cookie: rest.get_u64(),
+            offset: rest.get_u64(),
+            length: if extended { rest.get_u64() } else { u64::from(rest.get_u32()) },
         }
     }
 
@@ -193,24 +189,18 @@ impl Request {
     #[inline]
     pub fn encode(&self, extended: bool, out: &mut Vec<u8>) {
         let magic = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
-        out.extend_from_slice(&magic.to_be_bytes());
-        out.extend_from_slice(&self.flags.0.to_be_bytes());
-        out.extend_from_slice(&self.command.wire().to_be_bytes());
-        out.extend_from_slice(&self.cookie.to_be_bytes());
-        out.extend_from_slice(&self.offset.to_be_bytes());
+        out.put_u32(magic);
+        out.put_u16(self.flags.0);
+        out.put_u16(self.command.wire());
+        out.put_u64(self.cookie);
+        out.put_u64(self.offset);
         if extended {
-            out.extend_from_slice(&self.length.to_be_bytes());
+            out.put_u64(self.length);
         } else {
             debug_assert!(self.length <= u64::from(u32::MAX), "a compact request is below 4 GiB");
-            out.extend_from_slice(&u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes());
+            out.put_u32(u32::try_from(self.length).unwrap_or(u32::MAX));
         }
     }
-}
-
-/// The eight bytes at `at`, which callers give as a constant within the array.
-#[inline]
-fn be64<const N: usize>(b: &[u8; N], at: usize) -> u64 {
-    u64::from_be_bytes([b[at], b[at + 1], b[at + 2], b[at + 3], b[at + 4], b[at + 5], b[at + 6], b[at + 7]])
 }
 
 #[cfg(test)]

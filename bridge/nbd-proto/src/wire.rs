@@ -1,5 +1,7 @@
 //! Reading big-endian fields from bytes a peer controls, and bounding text that goes to one.
 
+use bytes::Buf;
+
 use crate::consts::MAX_NAME_BYTES;
 
 /// Reads fields from the front of a slice. `None` means that the slice is too short; nothing is consumed then.
@@ -15,25 +17,18 @@ impl<'a> Reader<'a> {
     }
 
     #[inline]
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.rest.split_first_chunk::<N>()?;
-        self.rest = rest;
-        Some(*head)
-    }
-
-    #[inline]
     pub(crate) fn u16(&mut self) -> Option<u16> {
-        self.array().map(u16::from_be_bytes)
+        self.rest.try_get_u16().ok()
     }
 
     #[inline]
     pub(crate) fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_be_bytes)
+        self.rest.try_get_u32().ok()
     }
 
     #[inline]
     pub(crate) fn u64(&mut self) -> Option<u64> {
-        self.array().map(u64::from_be_bytes)
+        self.rest.try_get_u64().ok()
     }
 
     /// The next `len` bytes. `len` comes from the peer; it is compared, never added to anything.

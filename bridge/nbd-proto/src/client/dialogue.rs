@@ -3,6 +3,8 @@
 use super::error::printable;
 use super::told::{Told, context, server};
 use super::{ClientError, ClientHandshake, ClientStep, Goal, Listed, State, Turn};
+use bytes::BufMut;
+
 use crate::chunk::ReplyStyle;
 use crate::consts::MAX_NAME_BYTES;
 use crate::export::Negotiated;
@@ -277,12 +279,12 @@ fn requests(name: &str) -> Vec<u8> {
 fn queries(name: &str, queries: &[String]) -> Vec<u8> {
     let mut data = Vec::new();
     put_counted(name, &mut data);
-    data.extend_from_slice(&u32::try_from(queries.len()).unwrap_or(u32::MAX).to_be_bytes());
+    data.put_u32(u32::try_from(queries.len()).unwrap_or(u32::MAX));
     queries.iter().for_each(|query| put_counted(query, &mut data));
     data
 }
 
 fn put_counted(text: &str, data: &mut Vec<u8>) {
-    data.extend_from_slice(&len_u32(text.as_bytes()).to_be_bytes());
+    data.put_u32(len_u32(text.as_bytes()));
     data.extend_from_slice(text.as_bytes());
 }

@@ -1,6 +1,8 @@
 //! `NBD_OPT_INFO`, `NBD_OPT_GO` and `NBD_OPT_EXPORT_NAME`: choosing an export.
 
 use super::{InfoType, OptReply, Replies, Session};
+use bytes::BufMut;
+
 use crate::error::CloseReason;
 use crate::export::{Directory, ExportInfo, Negotiated};
 use crate::flags::ClientFlags;
@@ -26,29 +28,29 @@ pub(crate) fn info(
         return None;
     };
     replies.send(OptReply::Info, |out| {
-        out.extend_from_slice(&InfoType::Export.wire().to_be_bytes());
-        out.extend_from_slice(&info.size.to_be_bytes());
-        out.extend_from_slice(&info.flags.0.to_be_bytes());
+        out.put_u16(InfoType::Export.wire());
+        out.put_u64(info.size);
+        out.put_u16(info.flags.0);
     });
     if ask.requests(InfoType::Name) {
         replies.send(OptReply::Info, |out| {
-            out.extend_from_slice(&InfoType::Name.wire().to_be_bytes());
+            out.put_u16(InfoType::Name.wire());
             out.extend_from_slice(bounded_text(&export).as_bytes());
         });
     }
     if let (true, Some(description)) = (ask.requests(InfoType::Description), &info.description) {
         replies.send(OptReply::Info, |out| {
-            out.extend_from_slice(&InfoType::Description.wire().to_be_bytes());
+            out.put_u16(InfoType::Description.wire());
             out.extend_from_slice(bounded_text(description).as_bytes());
         });
     }
     // Sent to those who did not ask, too: a client must ignore what it does not understand, and one that
     // understands is spared errors on unaligned requests.
     replies.send(OptReply::Info, |out| {
-        out.extend_from_slice(&InfoType::BlockSize.wire().to_be_bytes());
-        out.extend_from_slice(&info.min_block.to_be_bytes());
-        out.extend_from_slice(&info.preferred_block.to_be_bytes());
-        out.extend_from_slice(&info.max_payload.to_be_bytes());
+        out.put_u16(InfoType::BlockSize.wire());
+        out.put_u32(info.min_block);
+        out.put_u32(info.preferred_block);
+        out.put_u32(info.max_payload);
     });
     replies.ack();
     Some(negotiated(session, export, info, ask.requests(InfoType::BlockSize)))
@@ -68,8 +70,8 @@ pub(crate) fn export_name(
     let name = parse_string(body).ok_or(CloseReason::BadExportName)?;
     let (export, info) =
         find(session, name, dir).ok_or_else(|| CloseReason::UnknownExport(name.to_owned()))?;
-    out.extend_from_slice(&info.size.to_be_bytes());
-    out.extend_from_slice(&info.flags.0.to_be_bytes());
+    out.put_u64(info.size);
+    out.put_u16(info.flags.0);
     if !session.client_flags.contains(ClientFlags::NO_ZEROES) {
         out.extend_from_slice(&[0; EXPORT_NAME_PADDING]);
     }

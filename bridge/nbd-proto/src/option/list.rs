@@ -1,6 +1,8 @@
 //! `NBD_OPT_LIST`.
 
 use super::{OptReply, Replies};
+use bytes::BufMut;
+
 use crate::export::Directory;
 use crate::wire::{bounded_text, len_u32, parse_string};
 
@@ -15,7 +17,7 @@ pub(crate) fn list(dir: &dyn Directory, replies: &mut Replies<'_>) {
             return;
         }
         replies.send(OptReply::Server, |out| {
-            out.extend_from_slice(&len_u32(name.as_bytes()).to_be_bytes());
+            out.put_u32(len_u32(name.as_bytes()));
             out.extend_from_slice(name.as_bytes());
             out.extend_from_slice(bounded_text(description.unwrap_or_default()).as_bytes());
         });

@@ -1,6 +1,8 @@
 //! `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT` (section "Metadata querying").
 
 use super::{OptReply, Replies, Session};
+use bytes::BufMut;
+
 use crate::chunk::ReplyStyle;
 use crate::export::{Directory, MetaContext};
 use crate::wire::{Reader, parse_string};
@@ -46,7 +48,7 @@ fn lists(query: &str, name: &str) -> bool {
 
 fn send(replies: &mut Replies<'_>, id: u32, name: &str) {
     replies.send(OptReply::MetaContext, |out| {
-        out.extend_from_slice(&id.to_be_bytes());
+        out.put_u32(id);
         out.extend_from_slice(name.as_bytes());
     });
 }

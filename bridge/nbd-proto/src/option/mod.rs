@@ -8,6 +8,8 @@ pub(crate) mod upgrade;
 
 pub use codes::{InfoType, OptReply, OptionCode};
 
+use bytes::BufMut;
+
 use crate::chunk::ReplyStyle;
 use crate::consts::{IHAVEOPT, OPTION_REPLY_HEADER_LEN, OPTION_REPLY_MAGIC};
 use crate::error::{BadMagic, BadReply};
@@ -44,9 +46,9 @@ impl<'a> Replies<'a> {
 
     /// One reply whose data `fill` appends.
     pub(crate) fn send(&mut self, kind: OptReply, fill: impl FnOnce(&mut Vec<u8>)) {
-        self.out.extend_from_slice(&OPTION_REPLY_MAGIC.to_be_bytes());
-        self.out.extend_from_slice(&self.option.wire().to_be_bytes());
-        self.out.extend_from_slice(&kind.wire().to_be_bytes());
+        self.out.put_u64(OPTION_REPLY_MAGIC);
+        self.out.put_u32(self.option.wire());
+        self.out.put_u32(kind.wire());
         self.out.extend_from_slice(&[0; 4]);
         let start = self.out.len();
         fill(self.out);
@@ -72,9 +74,9 @@ impl<'a> Replies<'a> {
 
 /// Appends an option as a client sends it: [`IHAVEOPT`], the option, the length of the data, the data.
 pub fn put_option(option: OptionCode, data: &[u8], out: &mut Vec<u8>) {
-    out.extend_from_slice(&IHAVEOPT.to_be_bytes());
-    out.extend_from_slice(&option.wire().to_be_bytes());
-    out.extend_from_slice(&len_u32(data).to_be_bytes());
+    out.put_u64(IHAVEOPT);
+    out.put_u32(option.wire());
+    out.put_u32(len_u32(data));
     out.extend_from_slice(data);
 }
 
