@@ -18,13 +18,24 @@ need_packages() {
   flock 9
 }
 
+# archive: where this host takes Debian's own packages from; its usual place where that cannot be learnt (a host that is no
+# Debian, or has never fetched its lists).
+archive() {
+  local uri
+  # shellcheck disable=SC2016 # apt's own variable
+  uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 2>/dev/null |
+    head -1) || true
+  echo "${uri:-http://deb.debian.org/debian}"
+}
+
 # apt_with NAME SUITE...: an apt configuration of its own, as the words of `${apt[@]}`.
 apt_with() {
-  local root=$cache/apt/$1 line
+  local root=$cache/apt/$1 line from
   shift
+  from=$(archive)
   mkdir -p "$root"/{lists/partial,archives/partial}
   for line in "$@"; do
-    printf 'deb [signed-by=%s] http://deb.debian.org/debian %s main\n' "$keyring" "$line"
+    printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$from" "$line"
   done >"$root/sources.list"
   apt=(-qq -o "Dir::Etc::sourcelist=$root/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$root/lists"
     -o "Dir::Cache::archives=$root/archives" -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache="
