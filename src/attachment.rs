@@ -2,8 +2,8 @@
 //! it. The folder is /run/nbdbridge, or $XDG_RUNTIME_DIR/nbdbridge for a user (else /run/user/UID/nbdbridge).
 //!
 //! A file is written before anything is made, and removed after everything is gone: whatever a killed process has left is
-//! found by it. The files are hints, and may be missing or old: what is mounted, the kernel knows better. Nothing here asks
-//! a FUSE server.
+//! found by it. The files are hints, and may be missing or old: what is mounted, the kernel knows better; those of other users
+//! are not believed. Nothing here asks a FUSE server.
 
 use std::cell::{Ref, RefCell};
 use std::collections::HashMap;
@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use crate::attach::{backing_file, is_attachment, loops_over};
 use crate::fuse::{Made, Mounted};
 use crate::os_text::{self, OsText};
+use crate::trust::Folder;
 use bridge::Geometry;
 use rustix::process::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
@@ -107,7 +108,7 @@ impl Attachment {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let folder = folder()?;
         let path = folder.join(format!("{PREFIX}{}-{}.json", self.pid, NUMBER.fetch_add(1, Relaxed)));
-        match fs::create_dir_all(&folder).and_then(|()| self.write(&path)) {
+        match Folder::make(&folder).and_then(|_| self.write(&path)) {
             Ok(()) => Some(StateFile(path)),
             Err(error) => {
                 tracing::info!(
@@ -129,25 +130,50 @@ impl Attachment {
     /// All attachments that are written down, with their files. Those of dead processes only while something is left of them:
     /// a mount, a loop device, or the file that was made for the mount.
     pub(crate) fn all() -> Vec<(Attachment, PathBuf)> {
-        let Some(Ok(files)) = folder().map(fs::read_dir) else { return Vec::new() };
-        let mut all: Vec<(Attachment, PathBuf)> = files
-            .flatten()
-            .filter(|file| {
-                let name = file.file_name();
-                let Some(name) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
-                    return false;
-                };
-                if name.strip_suffix(HALF).is_some_and(is_left_half) {
-                    // Its process was killed while it wrote. At worst it stays.
-                    let _ = fs::remove_file(file.path());
-                }
-                name.ends_with(".json")
-            })
-            .filter_map(|file| {
-                let attachment = serde_json::from_slice(&fs::read(file.path()).ok()?).ok()?;
-                Some((attachment, file.path()))
-            })
-            .collect();
+        let (all, refused) = Attachment::all_believed();
+        for line in refused {
+            tracing::warn!("{line}");
+        }
+        all
+    }
+
+    /// As [`Attachment::all`], with a line for each file, or for the folder, that is not believed: it is another user's, or
+    /// no regular file.
+    pub(crate) fn all_believed() -> (Vec<(Attachment, PathBuf)>, Vec<String>) {
+        let Some(path) = folder() else { return Default::default() };
+        let folder = match Folder::open(&path) {
+            Ok(folder) => folder,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Default::default(),
+            Err(error) => return (Vec::new(), vec![format!("{}: {error}", path.display())]),
+        };
+        let names = match folder.check().and_then(|()| folder.names()) {
+            Ok(names) => names,
+            Err(error) => return (Vec::new(), vec![format!("{}: {error}", path.display())]),
+        };
+        let (mut all, mut refused) = (Vec::new(), Vec::new());
+        for name in &names {
+            let Some(middle) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
+            let note = folder.join(name);
+            if middle.strip_suffix(HALF).is_some_and(is_left_half) {
+                // Its process was killed while it wrote. At worst it stays.
+                let _ = fs::remove_file(&note);
+            }
+            if !middle.ends_with(".json") {
+                continue;
+            }
+            match folder.read(name) {
+                Ok(bytes) => all.extend(serde_json::from_slice(&bytes).ok().map(|found| (found, note))),
+                // Its process has ended meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => refused.push(format!("{}: {error}", note.display())),
+            }
+        }
+        Attachment::keep_left(&mut all);
+        (all, refused)
+    }
+
+    /// Forgets attachments of dead processes that nothing is left of.
+    fn keep_left(all: &mut Vec<(Attachment, PathBuf)>) {
         // Asked once: a process that ends meanwhile is told apart next time.
         let living: HashMap<PathBuf, PathBuf> = all
             .iter()
@@ -171,7 +197,6 @@ impl Attachment {
             keep
         });
         all.sort_by(|(one, _), (other, _)| one.file.cmp(&other.file));
-        all
     }
 
     /// The attachment that a loop device belongs to, with its file.

@@ -43,7 +43,10 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
         Some(device) => ublk::owner(device)?,
         None if args.features => ublk::features()?,
         None => {
-            let all = Attachment::all();
+            let (all, refused) = Attachment::all_believed();
+            for line in refused {
+                output::note(&format!("nbdbridge: {line}"));
+            }
             let mut rows = ublk::devices()?;
             rows.extend(all.iter().map(|(attachment, _)| row(attachment)));
             rows.extend(unknown(&all));

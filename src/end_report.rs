@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use crate::attachment::{folder, started};
+use crate::trust;
 
 /// Names of these files begin with it.
 const PREFIX: &str = "ended-";
@@ -29,7 +30,7 @@ pub(crate) fn write(line: &str) {
 /// What a process that has ended has reported, once.
 pub(crate) fn take(pid: u32, started: u64) -> Option<String> {
     let path = path(pid, started)?;
-    let line = fs::read_to_string(&path).ok()?;
+    let line = String::from_utf8_lossy(&trust::read(&path).ok()?).into_owned();
     // At worst it stays until it is old.
     let _ = fs::remove_file(&path);
     Some(line)

@@ -29,6 +29,7 @@ mod serve;
 mod size;
 mod stop;
 mod systemd;
+mod trust;
 mod ublk;
 mod volume;
 

@@ -23,7 +23,6 @@ mod copy;
 mod create;
 mod disk;
 mod docker;
-mod durable;
 mod error;
 mod filesystem;
 pub(crate) mod freeze;

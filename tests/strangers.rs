@@ -124,3 +124,83 @@ fn a_socket_of_another_user_in_ones_own_folder_is_not_asked() {
     mine.stop();
     drop(server);
 }
+
+/// A note of an attachment that a living process, `pid`, is said to serve at `file`.
+fn note(pid: u32, file: &Path) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let started: u64 = fields.split_ascii_whitespace().nth(19).unwrap().parse().unwrap();
+    serde_json::json!({
+        "pid": pid, "started": started, "source": "/none", "file": text(file), "made": null,
+        "device": null, "size": 512, "read_only": false,
+    })
+    .to_string()
+}
+
+/// A process that nobody should end before its test does.
+struct Sleeper(std::process::Child);
+
+impl Sleeper {
+    fn is_alive(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What others have written down of attachments is said, and nothing is done for it: neither a signal is sent nor a file
+/// removed, and no command waits.
+#[test]
+fn notes_of_others_are_not_believed() {
+    let Some(world) = world("notes_of_others_are_not_believed") else { return };
+    let file = world.path().join("file");
+    let mut sleeper = Sleeper(Command::new("sleep").arg("600").spawn().unwrap());
+    let written = note(sleeper.0.id(), &file);
+    // A user, with a folder of his own that another one has made, and with his own and another's note in it.
+    for (owner_of_folder, owner_of_note) in [(USER, USER), (STRANGER, USER), (USER, STRANGER)] {
+        let run = folder_of(world.path(), &format!("run-{owner_of_folder}-{owner_of_note}"), USER);
+        let folder = run.join("nbdbridge");
+        fs::create_dir(&folder).unwrap();
+        let path = folder.join("fuse-1-0.json");
+        fs::write(&path, &written).unwrap();
+        chown(&path, Some(owner_of_note), None).unwrap();
+        std::os::unix::fs::symlink(&path, folder.join("fuse-2-0.json")).unwrap();
+        let fifo = folder.join("fuse-3-0.json");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o666.into(), 0).unwrap();
+        chown(&fifo, Some(USER), None).unwrap();
+        chown(&folder, Some(owner_of_folder), None).unwrap();
+        let ask = |words: &[&str]| {
+            let mut command = Command::new("timeout");
+            command.args(["-s", "KILL", "30", PROGRAM]).args(words).env("XDG_RUNTIME_DIR", &run);
+            command.uid(USER).gid(USER).current_dir("/").stdin(Stdio::null()).output().unwrap()
+        };
+        let listed = ask(&["devices"]);
+        assert_eq!(listed.status.code(), Some(0), "{listed:?}");
+        let (rows, said) =
+            (String::from_utf8_lossy(&listed.stdout), String::from_utf8_lossy(&listed.stderr).into_owned());
+        let is_believed = owner_of_folder == USER && owner_of_note == USER;
+        // Once, and not by the link.
+        assert_eq!(rows.matches(text(&file)).count(), usize::from(is_believed), "{listed:?}");
+        if !is_believed {
+            assert!(said.contains("belongs to user 54321, and is not believed"), "{said}");
+            let refused = ask(&["detach", "--force", text(&file)]);
+            assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        }
+        assert!(sleeper.is_alive(), "a stranger's note ended a process");
+        assert!(path.exists());
+    }
+    // Root's, too.
+    let path = Path::new("/run/nbdbridge").join(format!("fuse-{}-strange.json", std::process::id()));
+    fs::create_dir_all("/run/nbdbridge").unwrap();
+    fs::write(&path, &written).unwrap();
+    chown(&path, Some(STRANGER), None).unwrap();
+    let refused = Command::new(PROGRAM).args(["detach", "--force", text(&file)]).output().unwrap();
+    fs::remove_file(&path).unwrap();
+    assert!(sleeper.is_alive(), "a stranger's note ended a process");
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+}

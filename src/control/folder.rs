@@ -11,18 +11,16 @@
 //! such servers say of themselves, and does nothing with it. A process that was killed leaves its socket behind; whoever
 //! finds that nobody listens there removes it.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fstat, statat};
-use rustix::io::Errno;
+use rustix::fs::FileType;
 
-use super::peer::is_trusted;
+use crate::trust::{self, Folder};
 
 /// The variable that names another folder.
 const VARIABLE: &str = "NBDBRIDGE_RUNTIME_DIR";
@@ -114,30 +112,11 @@ pub(crate) fn journal_folder() -> Result<PathBuf> {
 
 /// Makes the folder, or sees to it that it is ours and closed to others.
 fn make(folder: &Path) -> Result<()> {
-    let shown = folder.display();
-    match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).with_context(|| format!("{shown}: cannot make the folder"));
-        }
-        _ => {}
-    }
-    // What is opened is what is looked at: it may be somebody else's, or a link to what is.
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
-    let there = rustix::fs::open(folder, flags, Mode::empty())
-        .with_context(|| format!("{shown}: not a folder that can be used"))?;
-    let there = std::fs::File::from(there);
-    let meta = there.metadata().with_context(|| format!("{shown}: cannot look at it"))?;
-    ensure!(
-        meta.uid() == rustix::process::geteuid().as_raw(),
-        "{shown}: belongs to user {}; remove it, or set {VARIABLE} to a folder of your own",
-        meta.uid()
-    );
-    if meta.mode() & 0o7777 != 0o700 {
-        there
-            .set_permissions(PermissionsExt::from_mode(0o700))
-            .with_context(|| format!("{shown}: cannot close it to others"))?;
-    }
-    Ok(())
+    let advice = || {
+        let shown = folder.display();
+        format!("{shown}: no folder for sockets; remove it, or set {VARIABLE} to a folder of your own")
+    };
+    Folder::make(folder).map(drop).with_context(advice)
 }
 
 /// A socket's file in a folder.
@@ -157,32 +136,29 @@ pub(super) struct Found {
 /// One line that names the folder.
 pub(super) fn sockets(folder: &Path) -> Result<Vec<Found>> {
     let shown = folder.display();
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
-    let there = match rustix::fs::open(folder, flags, Mode::empty()) {
+    let there = match Folder::open(folder) {
         Ok(there) => there,
-        Err(Errno::NOENT) => return Ok(Vec::new()),
-        Err(Errno::ACCESS) => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             bail!("{shown}: no permission; a server is shown to the user who started it, and to root")
         }
         Err(error) => return Err(error).with_context(|| format!("{shown}: cannot look into it")),
     };
-    let owner = fstat(&there).with_context(|| format!("{shown}: cannot look at it"))?.st_uid;
+    let owner = there.owner();
     ensure!(
-        is_trusted(owner) || rustix::process::geteuid().is_root(),
+        trust::is_trusted(owner) || rustix::process::geteuid().is_root(),
         "{shown}: belongs to user {owner}, so that nothing in it is believed; set {VARIABLE} to a folder of your own"
     );
-    let entries = Dir::read_from(&there).with_context(|| format!("{shown}: cannot look into it"))?;
-    let mut sockets: Vec<Found> = entries
-        .filter_map(|entry| {
-            let entry = entry.ok()?;
-            let name = entry.file_name();
-            let pid = name.to_str().ok()?.strip_suffix(".sock")?.parse().ok()?;
+    let names = there.names().with_context(|| format!("{shown}: cannot look into it"))?;
+    let mut sockets: Vec<Found> = names
+        .iter()
+        .filter_map(|name| {
+            let pid = name.to_str()?.strip_suffix(".sock")?.parse().ok()?;
             // A link, which may lead to another server, is none of ours.
-            let found = statat(&there, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            let found = there.look(name).ok()?;
             let is_socket = FileType::from_raw_mode(found.st_mode) == FileType::Socket;
-            let trusted = is_trusted(owner) && is_trusted(found.st_uid);
-            let path = folder.join(OsStr::from_bytes(name.to_bytes()));
-            is_socket.then_some(Found { pid, path, trusted })
+            let trusted = there.trusts(found.st_uid);
+            is_socket.then(|| Found { pid, path: there.join(name), trusted })
         })
         .collect();
     sockets.sort();
@@ -204,6 +180,7 @@ pub(super) fn remove_stale(path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     fn mode(path: &Path) -> u32 {
         std::fs::symlink_metadata(path).unwrap().mode() & 0o7777

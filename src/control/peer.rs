@@ -1,8 +1,9 @@
 //! Whose server a control socket leads to. Folders and sockets can be made by others; what the kernel says of the process
 //! that listens (SO_PEERCRED) cannot.
 
-use rustix::process::geteuid;
 use tokio::net::UnixStream;
+
+use crate::trust;
 
 /// The process that listens at a control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +26,6 @@ impl Peer {
 
     /// Returns whether what it says is believed.
     pub(super) fn is_trusted(self) -> bool {
-        is_trusted(self.uid)
+        trust::is_trusted(self.uid)
     }
-}
-
-/// Returns whether a user's files and servers are believed: our own, and root's, who can change ours anyway.
-pub(super) fn is_trusted(uid: u32) -> bool {
-    uid == 0 || uid == geteuid().as_raw()
 }

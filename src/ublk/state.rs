@@ -12,6 +12,7 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::os_text::OsText;
+use crate::trust;
 
 /// What the file holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,7 +105,7 @@ pub(super) fn read(id: u32) -> Option<Record> {
 }
 
 fn read_in(folder: &Path, id: u32) -> Option<Record> {
-    let bytes = fs::read(path_in(folder, id)).ok()?;
+    let bytes = trust::read(&path_in(folder, id)).ok()?;
     serde_json::from_slice::<Record>(&bytes).ok().filter(|record| record.id == id)
 }
 

@@ -16,9 +16,10 @@ use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use super::plane::Plane;
-use super::{Name, Result, durable};
+use super::{Name, Result};
 use crate::beneath::Folder;
 use crate::os_text;
+use crate::trust;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -100,7 +101,7 @@ impl Runtime {
     /// One line: it cannot be read. That is not to be taken for a volume that nobody uses.
     pub(super) fn read(&self, name: &Name) -> Result<State> {
         let path = self.states().join(name);
-        let state: State = match durable::read(&path) {
+        let state: State = match trust::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
             Err(error) => return Err(anyhow!("{}: cannot read it: {error}", path.display()).into()),
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
