@@ -158,15 +158,15 @@ fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
-/// Makes io_uring_setup fail with EPERM on the calling thread and the threads it starts from now on, as the
-/// default seccomp profile of container engines does.
+/// Makes a system call, as `libc::SYS_io_uring_setup`, fail with EPERM on the calling thread and the threads it starts from
+/// now on, as the default seccomp profile of container engines does.
 #[cfg(test)]
-pub(crate) fn deny_io_uring_on_this_thread() -> std::io::Result<()> {
+pub(crate) fn deny_on_this_thread(call: libc::c_long) -> std::io::Result<()> {
     const LOAD_SYSCALL_NUMBER: u16 = 0x20;
     const JUMP_IF_EQUAL: u16 = 0x15;
     const RETURN: u16 = 0x06;
     let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    let number = u32::try_from(libc::SYS_io_uring_setup).unwrap_or(u32::MAX);
+    let number = u32::try_from(call).unwrap_or(u32::MAX);
     let mut program = [
         op(LOAD_SYSCALL_NUMBER, 0, 0, 0),
         op(JUMP_IF_EQUAL, 0, 1, number),

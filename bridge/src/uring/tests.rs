@@ -156,6 +156,37 @@ fn the_end_of_a_runtime_waits_for_the_kernel_and_the_next_one_has_its_own_ring()
     assert_eq!(block_on(async { start(read(&file, 4096, 0)).await.1 }), Ok(4096));
 }
 
+/// A runtime that ends where the kernel does not let it wait leaves the operation's memory alone for good.
+#[test]
+fn what_cannot_be_waited_for_keeps_its_memory() {
+    if no_ring() {
+        return;
+    }
+    let (reader, mut writer) = pipe();
+    let count = || Arc::strong_count(&reader);
+    std::thread::scope(|scope| {
+        let ended = scope.spawn(|| {
+            let runtime = runtime();
+            runtime.block_on(async {
+                let mut orphan = start(read(&reader, 4096, 0));
+                settle().await;
+                let mut context = Context::from_waker(Waker::noop());
+                assert!(std::pin::Pin::new(&mut orphan).poll(&mut context).is_pending());
+            });
+            crate::sys::deny_on_this_thread(libc::SYS_io_uring_enter).unwrap();
+            drop(runtime);
+            assert_eq!(count(), 2, "the kernel still has it");
+            // Buffers of that size that are made now are other ones.
+            let others: Vec<Buffer> = (0..100).map(|_| Buffer::copy_of(&[1; 4096])).collect();
+            writer.write_all(&[9; 4096]).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(others.iter().all(|buffer| buffer.iter().all(|byte| *byte == 1)));
+        });
+        ended.join().unwrap();
+    });
+    assert_eq!(count(), 2, "nothing is freed that the kernel may write to");
+}
+
 #[test]
 fn an_operation_added_while_the_driver_sleeps_wakes_it() {
     if no_ring() {
@@ -173,7 +204,7 @@ fn an_operation_added_while_the_driver_sleeps_wakes_it() {
 
 #[test]
 fn a_thread_without_permission_has_no_ring() {
-    crate::sys::deny_io_uring_on_this_thread().unwrap();
+    crate::sys::deny_on_this_thread(libc::SYS_io_uring_setup).unwrap();
     assert_eq!(allowed().unwrap_err().raw_os_error(), Some(libc::EPERM));
     let file = numbered(1);
     block_on(async {

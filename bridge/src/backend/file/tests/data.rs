@@ -109,7 +109,7 @@ fn without_io_uring_threads_do_the_work() {
     let path = image(&folder, 1 << 20);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            crate::sys::deny_io_uring_on_this_thread().unwrap();
+            crate::sys::deny_on_this_thread(libc::SYS_io_uring_setup).unwrap();
             let backend = open(&path, &FileOptions::default());
             block_on(async {
                 store(&backend, 4000, &pattern(10_000), Flags::FUA).await.unwrap();

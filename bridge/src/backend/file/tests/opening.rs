@@ -165,7 +165,7 @@ fn settings_that_cannot_be_honoured_are_refused() {
     let path = image(&folder, 4096);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            crate::sys::deny_io_uring_on_this_thread().unwrap();
+            crate::sys::deny_on_this_thread(libc::SYS_io_uring_setup).unwrap();
             let text = refusal(&path, &FileOptions { aio: AioMode::IoUring, ..options() });
             assert!(text.contains("io_uring is not allowed here") && text.contains("--aio auto"), "{text}");
             open(&path, &options());
