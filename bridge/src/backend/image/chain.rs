@@ -119,7 +119,7 @@ fn data_file(
     };
     let Some(access) = written else { return policy.admit(path, Path::new(name), "data file") };
     let found = policy.admit_allowed(path, Path::new(name), "data file")?;
-    let listed = access.data_files.iter().any(|file| names::identity(file) == names::identity(&found));
+    let listed = access.data_files.iter().any(|file| names::are_same_file(file, &found));
     if listed || access.any_backing {
         return Ok(found);
     }

@@ -103,8 +103,13 @@ impl Policy {
 }
 
 /// The device and the number of a file, by which it is known under any name.
-pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
+fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok()
+}
+
+/// Returns true if both paths lead to one file, which is there.
+pub(super) fn are_same_file(one: &Path, other: &Path) -> bool {
+    identity(one).is_some_and(|found| Some(found) == identity(other))
 }
 
 /// `nbd`, `https`, `fat+rw`; not `C` and not `./a`.
@@ -198,6 +203,17 @@ fn take(members: &mut Map<String, Value>, key: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_that_are_not_there_are_not_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, link, missing) =
+            (folder.path().join("one"), folder.path().join("link"), folder.path().join("none"));
+        std::fs::write(&one, "").unwrap();
+        std::os::unix::fs::symlink(&one, &link).unwrap();
+        assert!(are_same_file(&one, &link));
+        assert!(!are_same_file(&one, &missing) && !are_same_file(&missing, &missing));
+    }
 
     #[test]
     fn names_of_backing_files() {
