@@ -8,6 +8,8 @@
 mod clusters;
 #[path = "image/crash.rs"]
 mod crash;
+#[path = "image/damage.rs"]
+mod damage;
 #[path = "image/hostile.rs"]
 mod hostile;
 #[path = "image/journal.rs"]

@@ -13,6 +13,7 @@ mod chain;
 mod checks;
 mod commit;
 mod create;
+mod damage;
 mod describe;
 mod discard;
 mod engine;

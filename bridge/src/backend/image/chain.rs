@@ -246,6 +246,12 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         }
     }
     let tables = count_tables(&layers, &hosts, &options.access.memory);
+    for (n, (layer, (host, _))) in layers.iter().zip(&hosts).enumerate() {
+        if let Some(found) = &layer.header {
+            // Of the image itself it may have changed.
+            host.hide_damage(if n == 0 { &header } else { found });
+        }
+    }
     let mut image: Option<FormatAccess<Host>> = None;
     let mut backing = None;
     for ((n, layer), (host, data)) in layers.iter().enumerate().zip(hosts).rev() {

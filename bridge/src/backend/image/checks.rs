@@ -3,6 +3,7 @@
 
 use imago::Storage;
 
+use super::damage::DAMAGED;
 use super::engine::{Engine, malformed};
 use super::host::Host;
 use crate::backend::file::length;
@@ -18,6 +19,10 @@ const MAX_AHEAD: u64 = 1 << 30;
 impl Engine {
     /// Refuses places that no image in good order has.
     pub(super) fn check_place(&self, storage: &Host, offset: u64, count: u64) -> Result<()> {
+        if offset >= DAMAGED {
+            storage.tell("an entry of an L2 table is damaged");
+            return Err(malformed("a damaged entry in an L2 table"));
+        }
         let end = offset.checked_add(count).ok_or_else(|| malformed("an offset out of bounds"))?;
         let Some(backend) = self.shared.files.get(usize::from(storage.number())) else {
             return Err(malformed("a file that was not opened"));

@@ -23,7 +23,9 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 
+use super::damage::{DAMAGED, Damage};
 use super::header;
+use super::header::Header;
 use super::memory::Tables;
 use super::places::Places;
 use crate::backend::file::length;
@@ -62,6 +64,8 @@ struct Inner {
     freed: AtomicBool,
     /// Where the structures are, of an image that is written.
     places: OnceLock<Mutex<Places>>,
+    /// Entries of tables that imago must not see, of an image with tables.
+    damage: OnceLock<Damage>,
     /// The block device that it is on, where it cannot grow.
     device: OnceLock<Arc<File>>,
     /// The bytes of one of its tables, and the count of those that are cached.
@@ -102,6 +106,7 @@ impl Host {
             moved: AtomicBool::new(false),
             freed: AtomicBool::new(false),
             places: OnceLock::new(),
+            damage: OnceLock::new(),
             device: OnceLock::new(),
             tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
@@ -111,6 +116,12 @@ impl Host {
             at_once: AtomicBool::new(false),
             helper: CommonStorageHelper::default(),
         }))
+    }
+
+    /// Hides entries of the image's tables from imago that it would refuse a whole table for.
+    pub(super) fn hide_damage(&self, header: &Header) {
+        // There is one image in a file, which is opened once.
+        let _ = self.0.damage.set(Damage::new(header, self.0.size.load(Relaxed)));
     }
 
     /// Has the end of a block device respected; a plain file has none.
@@ -248,7 +259,15 @@ impl Storage for Host {
     async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         let len = usize::try_from(bufv.len()).map_err(io::Error::other)?;
         self.count_table(offset, bufv.len());
+        if offset >= DAMAGED {
+            let what = "an entry of its L1 table is damaged";
+            self.tell(what);
+            return Err(io::Error::other(what));
+        }
         let mut buf = self.read(offset, len).await?;
+        if let Some(damage) = self.0.damage.get() {
+            damage.sanitise(offset, &mut buf, self.0.writable);
+        }
         self.without_marks(offset, &mut buf);
         bufv.copy_from_slice(&buf);
         Ok(())
@@ -259,6 +278,9 @@ impl Storage for Host {
         let mut bytes = vec![0; usize::try_from(bufv.len()).map_err(io::Error::other)?];
         bufv.copy_into_slice(&mut bytes);
         self.count_table(offset, bufv.len());
+        if let Some(damage) = self.0.damage.get() {
+            damage.restore(offset, &mut bytes);
+        }
         self.keep(offset, &bytes).await
     }
 

@@ -1,12 +1,10 @@
 //! What is asked about a disk without reading it: which parts are data, zeroes or holes, and at which depth of the chain
 //! they lie. Bringing data closer, too.
 
-use std::io;
+use imago::ShallowMapping;
 
-use imago::{FormatAccess, ShallowMapping};
-
-use super::engine::{Engine, Segment};
-use super::host::{Host, from_io};
+use super::engine::{Engine, Segment, malformed};
+use super::host::from_io;
 use crate::extent::{MAX_EXTENTS, push_depth, push_extent};
 use crate::ranges::Mode;
 use crate::{Depth, Extent, ExtentKind, Flags, Result};
@@ -91,9 +89,7 @@ impl Engine {
         let mut depths = Vec::new();
         let mut at = 0;
         for step in 1..=STEPS {
-            let found = before_damage(len - at, async |len| {
-                depth(&self.image, offset + at, len).await.map_err(|error| from_io(&error))
-            });
+            let found = before_damage(len - at, async |len| self.depth(offset + at, len).await);
             let (level, count) = match found.await {
                 Err(_) if !depths.is_empty() => break,
                 found => found?,
@@ -113,6 +109,30 @@ impl Engine {
             }
         }
         Ok(depths)
+    }
+
+    /// Returns the depth that a range begins with, and for how many bytes.
+    async fn depth(&self, mut offset: u64, mut len: u64) -> Result<(u32, u64)> {
+        let mut layer = &self.image;
+        let mut level = 1;
+        loop {
+            let found = layer.get_shallow_mapping(offset, len).await;
+            let (mapping, count) = found.map_err(|error| from_io(&error))?;
+            match mapping {
+                ShallowMapping::Indirect { layer: below, offset: place, .. } => {
+                    (layer, offset, len) = (below, place, count);
+                    level += 1;
+                }
+                ShallowMapping::Eof { .. } if level > 1 => return Ok((level, len)),
+                _ if count == 0 => return Err(malformed("it ends before its size")),
+                ShallowMapping::Zero { explicit: false, .. } => return Ok((0, count)),
+                ShallowMapping::Raw { storage, offset, .. } => {
+                    self.check_place(storage, offset, count)?;
+                    return Ok((level, count));
+                }
+                _ => return Ok((level, count)),
+            }
+        }
     }
 
     /// Brings data closer, and what says where it is.
@@ -147,23 +167,4 @@ async fn before_damage<T>(len: u64, look: impl AsyncFn(u64) -> Result<T>) -> Res
         }
     }
     Err(failed)
-}
-
-/// The depth that a range begins with, and for how many bytes.
-async fn depth(top: &FormatAccess<Host>, mut offset: u64, mut len: u64) -> io::Result<(u32, u64)> {
-    let mut layer = top;
-    let mut level = 1;
-    loop {
-        let (mapping, count) = layer.get_shallow_mapping(offset, len).await?;
-        match mapping {
-            ShallowMapping::Indirect { layer: below, offset: place, .. } => {
-                (layer, offset, len) = (below, place, count);
-                level += 1;
-            }
-            ShallowMapping::Eof { .. } if level > 1 => return Ok((level, len)),
-            _ if count == 0 => return Err(io::Error::other("the image ends before its size")),
-            ShallowMapping::Zero { explicit: false, .. } => return Ok((0, count)),
-            _ => return Ok((level, count)),
-        }
-    }
 }

@@ -149,6 +149,9 @@ impl Host {
             return Ok(());
         }
         let old = self.read(offset, bytes.len()).await?;
+        if let Some(damage) = self.0.damage.get() {
+            damage.note(offset, &old, bytes);
+        }
         let noted = self.places().map_or(Ok(()), |mut places| places.note(offset, &old, bytes));
         noted.map_err(|taken| {
             let what = format!("its refcounts give a table's place away, at {taken:#x}");
@@ -164,6 +167,9 @@ impl Host {
         }
         let block = self.read(0, index(BLOCK)).await?;
         let Ok(header) = header::parse_numbers(&block) else { return Ok(()) };
+        if let Some(damage) = self.0.damage.get() {
+            damage.note_header(&header);
+        }
         let moved = self.places().map_or(Vec::new(), |mut places| places.note_header(header));
         for (table, mask) in moved {
             // Bounded by what a header may say.
