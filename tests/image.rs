@@ -21,6 +21,8 @@ mod status;
 mod support;
 #[path = "image/tables.rs"]
 mod tables;
+#[path = "image/thin.rs"]
+mod thin;
 #[path = "image/words.rs"]
 mod words;
 

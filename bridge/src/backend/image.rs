@@ -238,7 +238,9 @@ fn geometry(parts: &Parts, files: &[Arc<dyn Backend>], size: u64) -> Geometry {
             capabilities = capabilities | bit;
         }
     }
-    let preferred = parts.cluster.clamp(MIN_PREFERRED, MAX_PREFERRED);
+    // Only over a backing image part of a cluster costs as much as all of it. A client pads its writes to this size.
+    let preferred = if parts.backing.is_some() { parts.cluster } else { 0 };
+    let preferred = preferred.clamp(MIN_PREFERRED, MAX_PREFERRED);
     Geometry {
         version: 0,
         size,

@@ -23,6 +23,9 @@ use crate::{Buffer, Flags};
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
 
+/// Blocks of 4 KiB, the least that a hole in a file has.
+const HOLE_BLOCKS: u64 = 8;
+
 /// Brings what is kept back to the file, and makes it durable together with all data that was written before.
 ///
 /// # Errors
@@ -137,18 +140,42 @@ async fn read_blocks(host: &Host, numbers: impl Iterator<Item = &u64>) -> io::Re
     Ok(blocks)
 }
 
-/// Writes blocks to the file.
+/// Writes blocks to the file. Many that are zero become a hole there: of a new table most are.
 pub(super) async fn write(host: &Host, blocks: &Blocks) -> io::Result<()> {
     for run in runs(blocks.keys()) {
-        let mut buf = Buffer::new(index((run.end - run.start) * BLOCK));
-        for (part, block) in
-            buf.chunks_mut(index(BLOCK)).zip(blocks.range(run.clone()).map(|(_, block)| block))
-        {
-            part.copy_from_slice(&block[..]);
+        for (part, is_zero) in parts(blocks, &run) {
+            let (start, len) = (part.start * BLOCK, (part.end - part.start) * BLOCK);
+            if is_zero {
+                host.file().write_zeroes(start, len, Flags::NONE).await.map_err(to_io)?;
+                continue;
+            }
+            let mut buf = Buffer::new(index(len));
+            for (part, block) in buf.chunks_mut(index(BLOCK)).zip(blocks.range(part).map(|(_, block)| block))
+            {
+                part.copy_from_slice(&block[..]);
+            }
+            host.file().write(start, buf, Flags::NONE).await.map_err(to_io)?;
         }
-        host.file().write(run.start * BLOCK, buf, Flags::NONE).await.map_err(to_io)?;
     }
     Ok(())
+}
+
+/// The parts of a run of blocks that are zero or not. The last block counts as not zero: it makes the file long enough.
+fn parts(blocks: &Blocks, run: &Range<u64>) -> Vec<(Range<u64>, bool)> {
+    let mut parts: Vec<(Range<u64>, bool)> = Vec::new();
+    let mut at = run.start;
+    while at < run.end {
+        let end = (at - at % HOLE_BLOCKS + HOLE_BLOCKS).min(run.end);
+        let is_zero = end < run.end
+            && end - at == HOLE_BLOCKS
+            && blocks.range(at..end).all(|(_, block)| block.iter().all(|byte| *byte == 0));
+        match parts.last_mut() {
+            Some((part, same)) if *same == is_zero => part.end = end,
+            _ => parts.push((at..end, is_zero)),
+        }
+        at = end;
+    }
+    parts
 }
 
 /// Numbers in ascending order as runs, none longer than one write.
@@ -212,6 +239,15 @@ mod tests {
         assert_eq!(first(3), [0b1001_0101, 1, 1, 255]);
         assert_eq!(first(4), [0b1001_0101, 0, 1, 1]);
         assert_eq!(first(5), [0b1001_0101, 0, 1, 1]);
+    }
+
+    #[test]
+    fn zero_blocks_become_holes_but_for_the_last() {
+        let content = |number: u64| Box::new([u8::from(number == 3 || number == 40); 512]);
+        let blocks: Blocks = (0..64).map(|number| (number, content(number))).collect();
+        let found = parts(&blocks, &(0..64));
+        assert_eq!(found, [(0..8, false), (8..40, true), (40..48, false), (48..56, true), (56..64, false)]);
+        assert_eq!(parts(&blocks, &(12..30)), [(12..16, false), (16..24, true), (24..30, false)]);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! | | clusters that lie wholly within the range | parts of clusters |
 //! |---|---|---|
 //! | trim | their space is given back, to the image and to its file system; they read as zeroes | nothing |
-//! | zeroes, holes allowed | the same | zeroes are written, where it does not read so already |
-//! | zeroes, NO_HOLE or `--discard ignore` | a flag in the L2 table; the space stays | the same |
+//! | zeroes, holes allowed | the same | a hole in the file, or zeroes over a backing image or compressed data |
+//! | zeroes, NO_HOLE or `--discard ignore` | a flag in the L2 table; the space stays | the same, and the space stays |
 //! | version 2 images | have no such flag: their space is zeroed in place | the same |
 //!
 //! The file is told first: what is zero there reads as zeroes whether or not a crash comes before the mapping is changed.
@@ -23,7 +23,7 @@ use super::host::{discard_to_backing, discard_to_zero, from_io};
 use super::journal::Change;
 use crate::backend::file::DiscardMode;
 use crate::ranges::Mode;
-use crate::{Buffer, Error, ErrorKind, Flags, Result};
+use crate::{Error, ErrorKind, Flags, Result};
 
 /// Bytes of the disk in one step.
 const STEP: u64 = 64 << 20;
@@ -134,13 +134,14 @@ impl Engine {
             return Err(Error::new(ErrorKind::NotSupported, "zeroes would have to be written here"));
         }
         let keep = flags.contains(Flags::NO_HOLE) || self.options.discard == DiscardMode::Ignore;
+        let space = if keep { Space::Keep } else { Space::Free };
         let (start, end) = self.whole_clusters(offset, len);
         if start < end {
-            self.store_zeroes(offset, start - offset).await?;
-            self.in_steps(start, end, if keep { Space::Keep } else { Space::Free }).await?;
-            self.store_zeroes(end, (offset + len).saturating_sub(end)).await?;
+            self.zero_part(offset, start - offset, space).await?;
+            self.in_steps(start, end, space).await?;
+            self.zero_part(end, (offset + len).saturating_sub(end), space).await?;
         } else {
-            self.store_zeroes(offset, len).await?;
+            self.zero_part(offset, len, space).await?;
         }
         self.settle(flags).await
     }
@@ -278,18 +279,30 @@ impl Engine {
         Ok(bytes[0] & 0x80 != 0)
     }
 
-    /// Writes zeroes over part of a cluster, unless it reads so already.
-    async fn store_zeroes(&self, mut offset: u64, mut len: u64) -> Result<()> {
-        while len > 0 {
-            let count = len.min(PIECE);
-            let _lock = self.ranges.lock(offset, offset + count, Mode::Exclusive).await;
-            if !self.is_zero(offset, count).await? {
-                let mut zeroes = Buffer::new(index(count));
-                zeroes.fill(0);
-                self.write_exclusive(offset, &zeroes).await?;
+    /// Makes parts of clusters read as zeroes: by holes in the file, where they have a place of their own there.
+    async fn zero_part(&self, offset: u64, len: u64, space: Space) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let end = offset + len;
+        let _lock = self.ranges.lock(offset, end, Mode::Exclusive).await;
+        let mut at = offset;
+        while at < end {
+            let (segment, count) = self.look(at, end - at).await?;
+            match segment {
+                Segment::Zero { .. } => at += count,
+                Segment::File { file, offset: place, writable: true } => {
+                    let _held = self.hold(file, place, count).await?;
+                    let flags = if space == Space::Keep { Flags::NO_HOLE } else { Flags::NONE };
+                    self.file(file).write_zeroes(place, count, flags).await?;
+                    at += count;
+                }
+                Segment::File { .. } | Segment::Special => {
+                    let zeroes = vec![0; index(count.min(PIECE))];
+                    self.write_exclusive(at, &zeroes).await?;
+                    at += zeroes.len() as u64;
+                }
             }
-            offset += count;
-            len -= count;
         }
         Ok(())
     }
