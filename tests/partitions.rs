@@ -198,4 +198,9 @@ fn an_image_that_is_cut_before_its_extended_partition() {
     );
     assert!(refusal(&[text(&path), "-P", "2"]).contains("is an extended one"));
     assert!(run(PROGRAM, &["info", text(&path)]).contains("flaw:"));
+    let told: serde_json::Value =
+        serde_json::from_str(&run(PROGRAM, &["info", "--json", text(&path)])).unwrap();
+    let table = &told["partition-table"];
+    assert_eq!(table["extended"], serde_json::json!([2]));
+    assert!(table["flaw"].as_str().unwrap().contains("past the end"), "{told}");
 }

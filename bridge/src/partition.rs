@@ -5,7 +5,8 @@
 //! is checked, and a table that makes no sense is an error in one line.
 //!
 //! Numbers are the kernel's (block/partitions/): GPT's by place in the table, MBR's 1 to 4, and logical ones from 5 on,
-//! without a gap for a boot record that has none. An extended partition only holds others, and is not listed.
+//! without a gap for a boot record that has none. Beyond what the kernel shows, and said where it is served: a GPT of a longer
+//! disk, or with its protective entry elsewhere, or from its copy. An extended partition only holds others, and is not listed.
 //!
 //! Units are the logical sectors of the device that the table was made on. The table does not tell them, and neither
 //! does the smallest request that a server takes: they are 512 bytes unless the caller knows better.
@@ -24,6 +25,10 @@ pub const MAX_PARTITIONS: u32 = 4096;
 /// Sizes of a sector that devices have, in bytes.
 pub const SECTOR_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 
+/// Why the kernel does not take a GPT that others do.
+const UNPROTECTED: &str =
+    "its protective entry is not at sector 1, and the kernel would show no partition of it";
+
 /// Length of a boot sector, whatever the disk's sectors are, in bytes.
 const BOOT_BYTES: u64 = 512;
 
@@ -38,7 +43,7 @@ pub struct Table {
     pub partitions: Vec<Partition>,
     /// MBR's entries that only hold logical partitions.
     pub extended: Vec<u32>,
-    /// Why there may be more than were found, as the end of a line.
+    /// Why there may be more than were found, or why the kernel would not show them, as the end of a line.
     pub flaw: Option<&'static str>,
 }
 
@@ -107,7 +112,11 @@ pub async fn read(source: &dyn Backend, sector: Option<u32>) -> Result<Option<Ta
     let boot = disk.get(0, BOOT_BYTES).await?;
     let Some(entries) = mbr::entries(&boot) else { return Ok(None) };
     if entries.iter().any(|entry| entry.is_protective()) {
-        return gpt::read(&disk, sector).await.map(Some);
+        let mut table = gpt::read(&disk, sector).await?;
+        if !entries.iter().any(mbr::Entry::protects_the_header) {
+            table.flaw = table.flaw.or(Some(UNPROTECTED));
+        }
+        return Ok(Some(table));
     }
     // A file system's boot sector has the same signature, and code where the entries would be.
     if !entries.iter().all(mbr::Entry::is_sound) {
@@ -135,6 +144,9 @@ pub async fn find(source: &dyn Backend, number: u32, sector: Option<u32>) -> Res
     let end = partition.start.checked_add(partition.len);
     if end.is_none_or(|end| end > source.geometry().size) {
         return Err(PartitionError::Outside(number));
+    }
+    if let Some(flaw) = table.flaw {
+        tracing::warn!("the partition table of the source is not in order: {flaw}");
     }
     Ok(partition.clone())
 }

@@ -225,8 +225,15 @@ fn json(facts: &[Fact], map: Option<&[Run]>) -> String {
                     json!({ "number": found.number, "start": found.start, "length": found.len,
                             "type": found.kind, "name": found.name })
                 });
-                json!({ "scheme": scheme_name(table), "sector-size": table.sector_bytes,
-                        "partitions": partitions.collect::<Vec<_>>() })
+                let mut told = json!({ "scheme": scheme_name(table), "sector-size": table.sector_bytes,
+                                       "partitions": partitions.collect::<Vec<_>>() });
+                if !table.extended.is_empty() {
+                    told["extended"] = json!(table.extended);
+                }
+                if let Some(flaw) = table.flaw {
+                    told["flaw"] = json!(flaw);
+                }
+                told
             }
         };
         members.insert((*name).to_owned(), value);

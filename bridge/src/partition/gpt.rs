@@ -5,6 +5,7 @@
 //! | 0 | 8 | "EFI PART" |
 //! | 12, 16 | 4, 4 | header's length; CRC-32 of it, with this field as zero |
 //! | 24 | 8 | the header's own sector |
+//! | 40, 48 | 8, 8 | first and last sector that partitions may use |
 //! | 72, 80, 84 | 8, 4, 4 | first sector of the entries, their number, the length of each |
 //! | 88 | 4 | CRC-32 of the entries |
 
@@ -16,6 +17,10 @@ const MIN_ENTRY: u64 = 128;
 const MAX_ENTRY: u64 = 4096;
 const NAME_AT: usize = 56;
 const NAME_UNITS: usize = 36;
+
+/// The kernel takes no such table. The partitions that lie within the image are whole all the same.
+const CUT_SHORT: &str =
+    "the image is shorter than the disk of its GPT, and the kernel would show no partition of it";
 
 fn broken(reason: &'static str) -> PartitionError {
     PartitionError::Broken("GPT", reason)
@@ -73,6 +78,10 @@ async fn read_at(disk: &Disk<'_>, place: u64, sector_bytes: u32) -> Result<Optio
     if le::<8>(&header, 24) != place {
         return Err(broken("its header belongs elsewhere"));
     }
+    let (first_usable, last_usable) = (le::<8>(&header, 40), le::<8>(&header, 48));
+    if first_usable > last_usable {
+        return Err(broken("its usable sectors make no sense"));
+    }
     let (count, entry) = (le::<4>(&header, 80), le::<4>(&header, 84));
     if count > u64::from(MAX_PARTITIONS)
         || !(MIN_ENTRY..=MAX_ENTRY).contains(&entry)
@@ -96,7 +105,8 @@ async fn read_at(disk: &Disk<'_>, place: u64, sector_bytes: u32) -> Result<Optio
             partitions.extend(partition(number, entry, sector));
         }
     }
-    Ok(Some(Table { scheme: Scheme::Gpt, sector_bytes, partitions, extended: Vec::new(), flaw: None }))
+    let flaw = (last_usable > disk.size / sector - 1).then_some(CUT_SHORT);
+    Ok(Some(Table { scheme: Scheme::Gpt, sector_bytes, partitions, extended: Vec::new(), flaw }))
 }
 
 /// Reads an entry; None for one that ends before it begins, or beyond all bounds.

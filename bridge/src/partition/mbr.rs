@@ -32,6 +32,11 @@ impl Entry {
         self.kind == PROTECTIVE
     }
 
+    /// Whether it protects a GPT as the kernel asks for it (`pmbr_part_valid` in block/partitions/efi.c).
+    pub(super) fn protects_the_header(&self) -> bool {
+        self.is_protective() && self.start == 1
+    }
+
     /// Whether it can be meant as an entry: active or not, nothing else.
     pub(super) fn is_sound(&self) -> bool {
         self.boot & 0x7f == 0

@@ -269,6 +269,38 @@ fn odd_gpts() {
     assert_eq!(places(&table(&image).unwrap().unwrap()), [(2048, 64 * 512, 64 * 512)]);
 }
 
+/// Sets the sectors that partitions may use, in the first header.
+fn usable(image: &mut [u8], first: u64, last: u64) {
+    put(image, 512 + 40, &first.to_le_bytes());
+    put(image, 512 + 48, &last.to_le_bytes());
+    put(image, 512 + 16, &[0; 4]);
+    let sum = u32::try_from(gpt::crc32(&image[512..604])).unwrap();
+    put(image, 512 + 16, &sum.to_le_bytes());
+}
+
+/// What the kernel does not take is said.
+#[test]
+fn gpts_that_the_kernel_refuses() {
+    let flaw = |image: &[u8]| table(image).unwrap().unwrap().flaw;
+    let mut image = gpt(512);
+    usable(&mut image, 34, 4062);
+    assert_eq!(flaw(&image), None);
+    // Its copy is cut off, which alone does not matter.
+    assert_eq!(flaw(&image[..4063 * 512]), None);
+    assert!(flaw(&image[..4062 * 512]).unwrap().contains("shorter than the disk"));
+    assert_eq!(run(find(&disk(&image[..MIB]), 1, None)).unwrap().start, 64 * 512);
+    entry(&mut image, 0, 0, 0xee, 63, u32::MAX);
+    assert!(flaw(&image).unwrap().contains("protective entry is not at sector 1"));
+    // The kernel takes another protective entry for it.
+    entry(&mut image, 0, 3, 0xee, 1, 62);
+    assert_eq!(flaw(&image), None);
+    usable(&mut image, 4062, 34);
+    let end = image.len();
+    image[end - 512] = 0;
+    let error = table(&image).unwrap_err().to_string();
+    assert!(error.contains("usable sectors make no sense"), "{error}");
+}
+
 /// Whatever is in the tables: no panic (overflow is one in this build), no endless loop.
 #[test]
 fn random_damage_does_no_harm() {
