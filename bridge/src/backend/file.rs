@@ -166,6 +166,8 @@ struct Disk {
     kind: Kind,
     /// Past the end of the file lie zeroes, and writes make it longer.
     open_ended: bool,
+    /// The length of an open-ended file in bytes, as it was seen last. It never becomes shorter.
+    seen_length: AtomicU64,
     /// As it was opened; see [`Disk::geometry`].
     opened: Geometry,
     size: AtomicU64,

@@ -95,6 +95,7 @@ pub(super) fn open(path: &Path, options: &FileOptions, extent: Extent) -> Result
         size: AtomicU64::new(geometry.size),
         version: AtomicU64::new(0),
         open_ended,
+        seen_length: AtomicU64::new(0),
         opened: geometry,
         direct,
         gate: FlushGate::new(path),

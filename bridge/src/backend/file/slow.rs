@@ -3,25 +3,45 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::io::Errno;
 
 use super::Disk;
 use super::aio::to_the_end;
+use super::space::length;
 use crate::uring::{Call, Op};
 use crate::{Buffer, Error, ErrorKind, Flags, Result};
 
 impl Disk {
     /// Fills the buffer from `offset`.
-    pub(super) async fn read(&self, offset: u64, buf: Buffer) -> Result<Buffer> {
+    pub(super) async fn read(&self, offset: u64, mut buf: Buffer) -> Result<Buffer> {
+        let inside = self.inside(offset, buf.len());
         match self.direct {
             _ if buf.is_empty() => Ok(buf),
-            Some(align) => self.read_direct(align, offset, buf).await,
+            // It reads whole blocks.
+            Some(align) => {
+                let mut buf = self.read_direct(align, offset, buf).await?;
+                buf[inside..].fill(0);
+                Ok(buf)
+            }
             None => {
-                let all = 0..buf.len();
-                self.read_part(&self.file, buf, all, offset).await
+                buf[inside..].fill(0);
+                self.read_part(&self.file, buf, 0..inside, offset).await
             }
         }
+    }
+
+    /// Returns how many bytes of a range lie before the end of the file. A read must not cross it: on a FUSE file with
+    /// direct I/O, io_uring (Linux 6.18) fills the rest with what comes before the end, again and again.
+    fn inside(&self, offset: u64, len: usize) -> usize {
+        let end = offset.saturating_add(len as u64);
+        if !self.open_ended || end <= self.seen_length.load(Relaxed) {
+            return len;
+        }
+        let Ok(found) = length(&self.file) else { return len };
+        let seen = found.max(self.seen_length.fetch_max(found, Relaxed));
+        usize::try_from(seen.saturating_sub(offset)).unwrap_or(len).min(len)
     }
 
     /// Stores the buffer at `offset`, durably where flags or cache mode say so.
