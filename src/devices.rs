@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use crate::attachment::{Attachment, is_stopped};
 use crate::cli::DevicesArgs;
-use crate::control::command::json_text;
+use crate::control::command::{json_text, loss_text};
+use crate::control::served_by;
 use crate::fuse::{self, Answer, Mounted};
 use crate::os_text::OsText;
 use crate::{output, size, ublk};
@@ -31,6 +32,9 @@ pub(crate) struct Row {
     pub(crate) pid: Option<u32>,
     /// A successor may take the device over.
     pub(crate) recoverable: bool,
+    /// Why writes that were answered and not flushed do not survive a crash of the process; None where they do, and where
+    /// nobody tells.
+    pub(crate) loss_after_crash: Option<String>,
     pub(crate) source: OsText,
 }
 
@@ -50,6 +54,7 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             let mut rows = ublk::devices()?;
             rows.extend(all.iter().map(|(attachment, _)| row(attachment)));
             rows.extend(unknown(&all));
+            rows.iter_mut().for_each(Row::ask);
             if args.json {
                 return output::data(&json_text(&rows)?);
             }
@@ -58,13 +63,28 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
                 return Ok(());
             }
             let cells = rows.iter().map(Row::cells);
-            table(&std::iter::once(HEAD.map(str::to_owned)).chain(cells).collect::<Vec<_>>())
+            let mut text = table(&std::iter::once(HEAD.map(str::to_owned)).chain(cells).collect::<Vec<_>>());
+            for row in &rows {
+                if let Some(reason) = &row.loss_after_crash {
+                    let line = format!("{}: {}", row.path, loss_text(reason));
+                    text.push_str(&format!("{}\n", output::plain(&line)));
+                }
+            }
+            text
         }
     };
     output::text(&text)
 }
 
 impl Row {
+    /// Asks the server, if there is one that can answer, what a crash would lose.
+    fn ask(&mut self) {
+        if let Some(pid) = self.pid.filter(|pid| !is_stopped(*pid)) {
+            let served = served_by(pid).into_iter().find(|served| served.is_at(self.path.as_path()));
+            self.loss_after_crash = served.and_then(|served| served.loss_after_crash);
+        }
+    }
+
     fn cells(&self) -> [String; COLUMNS] {
         let unknown = || "-".to_owned();
         [
@@ -88,6 +108,7 @@ fn row(attachment: &Attachment) -> Row {
         state: state(attachment).into(),
         pid: Some(attachment.pid),
         recoverable: false,
+        loss_after_crash: None,
         source: attachment.source.clone(),
     }
 }
@@ -139,6 +160,7 @@ fn unknown(known: &[(Attachment, PathBuf)]) -> Vec<Row> {
             state: state.into(),
             pid: None,
             recoverable: false,
+            loss_after_crash: None,
             source: mounted.source.into(),
         }
     };

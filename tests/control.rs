@@ -127,7 +127,7 @@ fn ps_shows_servers_exports_and_clients() {
     let server = shown(one.id());
     assert_eq!(server["version"], env!("CARGO_PKG_VERSION"));
     let export = json!({"name": "one", "description": "words", "source": "mem:3145728", "size": 3 << 20,
-                        "read_only": false, "limits": {"iops-read": 100}, "groups": {}});
+                        "read_only": false, "loss_after_crash": null, "limits": {"iops-read": 100}, "groups": {}});
     assert_eq!(server["exports"], json!([export]));
     let door = &server["doors"][0];
     assert_eq!(door["kind"], "net");

@@ -14,6 +14,8 @@ mod damage;
 mod hostile;
 #[path = "image/journal.rs"]
 mod journal;
+#[path = "image/loss.rs"]
+mod loss;
 #[path = "image/names.rs"]
 mod names;
 #[path = "image/status.rs"]

@@ -119,6 +119,12 @@ pub trait Backend: Send + Sync + 'static {
         Box::pin(ready(Err(Error::new(ErrorKind::NotSupported, "the source cannot reserve space"))))
     }
 
+    /// Returns why writes that were answered and not flushed do not survive a crash of this process, in words. Asked
+    /// only where the geometry says so (`Capabilities::VOLATILE`).
+    fn loss_after_crash(&self) -> Option<String> {
+        None
+    }
+
     /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
     fn allocated(&self) -> Option<u64> {
         None

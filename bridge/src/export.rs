@@ -357,6 +357,15 @@ impl Export {
         if len == 0 { Ok(()) } else { self.backend.allocate(offset, len).await }
     }
 
+    /// Returns why writes that were answered and not flushed do not survive a crash of this process, in words; None where
+    /// they do, and where nothing is written.
+    pub fn loss_after_crash(&self) -> Option<String> {
+        let geometry = self.geometry();
+        let volatile = geometry.capabilities.contains(Capabilities::VOLATILE) && !geometry.read_only();
+        let told = || self.backend.loss_after_crash();
+        volatile.then(|| told().unwrap_or_else(|| "the source keeps them in this process".to_owned()))
+    }
+
     /// Bytes of storage that the source takes up now, where that is cheap to tell; else block status is the way.
     pub fn allocated(&self) -> Option<u64> {
         self.backend.allocated()

@@ -84,7 +84,19 @@ fn ps(servers: &Servers, json: bool) -> Result<()> {
         }
         rows.push(row);
     }
-    output::text(&table(&rows))
+    let mut text = table(&rows);
+    for target in servers.targets().chain(find::targets(&servers.foreign)) {
+        if let Some(reason) = &target.export.loss_after_crash {
+            let (pid, name) = (target.server.instance.pid, &target.export.name);
+            text.push_str(&format!("{pid}:{}: {}\n", plain(name), plain(&loss_text(reason))));
+        }
+    }
+    output::text(&text)
+}
+
+/// Says that a crash loses writes, and why.
+pub(crate) fn loss_text(reason: &str) -> String {
+    format!("writes that are answered and not flushed do not survive a crash of its server: {reason}")
 }
 
 /// How many, and a mark where not everybody has been asked.

@@ -277,6 +277,7 @@ mod tests {
             source: (*source).into(),
             size: 1,
             read_only: false,
+            loss_after_crash: None,
             limits: Default::default(),
             groups: Default::default(),
         });

@@ -28,6 +28,8 @@ pub(crate) struct Served {
     pub(crate) places: Vec<OsText>,
     /// In bytes.
     pub(crate) size: u64,
+    /// Why writes that were answered and not flushed do not survive a crash of the process; None where they do.
+    pub(crate) loss_after_crash: Option<String>,
 }
 
 /// All exports that this user's servers have.
@@ -112,6 +114,7 @@ fn of(instance: Instance, socket: &Path) -> Vec<Served> {
             export: export.name,
             source: export.source,
             size: export.size,
+            loss_after_crash: export.loss_after_crash,
         })
         .collect()
 }

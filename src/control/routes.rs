@@ -171,6 +171,7 @@ fn describe(export: &Export, source: &OsText) -> ExportInfo {
         source: source.clone(),
         size: geometry.size,
         read_only: geometry.read_only(),
+        loss_after_crash: export.loss_after_crash(),
         limits: export.throttle().map(limits_of).unwrap_or_default(),
         groups: groups_of(export),
     }

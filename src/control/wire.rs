@@ -31,6 +31,9 @@ pub(crate) struct ExportInfo {
     /// In bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
+    /// Why writes that were answered and not flushed do not survive a crash of the process; None where they do.
+    #[serde(default)]
+    pub(crate) loss_after_crash: Option<String>,
     pub(crate) limits: Limits,
     /// Limits that it shares with other exports, by the group's name.
     #[serde(default)]

@@ -53,6 +53,7 @@ pub(crate) fn devices() -> Result<Vec<Row>> {
             pid: (state == "live").then_some(record.pid),
             state: state.into(),
             recoverable: record.recoverable,
+            loss_after_crash: None,
             source: record.source,
         });
     }

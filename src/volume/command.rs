@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{Created, Error, Health, Name, Pool, Progress, Result, Settings, Share, Status, Verdict, Volume};
 use crate::cli::{PoolWish, UsageError, VolumeAction, VolumeWish};
-use crate::control::command::{json_text, table};
+use crate::control::command::{json_text, loss_text, table};
 use crate::os_text::OsText;
 use crate::output;
 use crate::size;
@@ -182,9 +182,18 @@ fn row(status: &Status) -> Vec<String> {
         status.fs.to_string(),
         or_dash(status.door.map(str::to_owned)),
         or_dash((holders > 0).then(|| holders.to_string())),
-        health_text(&status.health),
+        health_and_loss(status),
         or_dash(status.mounted.as_ref().map(|path| path.display().to_string())),
     ]
+}
+
+/// The health of a volume, and that a crash would lose writes.
+fn health_and_loss(status: &Status) -> String {
+    let health = health_text(&status.health);
+    status
+        .loss_after_crash
+        .as_ref()
+        .map_or(health.clone(), |reason| format!("{health}; {}", loss_text(reason)))
 }
 
 fn health_text(health: &Health) -> String {
@@ -218,6 +227,7 @@ fn describe(status: &Status) -> String {
     );
     put("door", status.door.map(str::to_owned));
     put("guarantee", status.guarantee.map(str::to_owned));
+    put("after a crash", status.loss_after_crash.as_deref().map(loss_text));
     put("device", path(&status.device));
     put("mounted at", path(&status.mounted));
     for (holder, count) in &status.holders {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::options::DiskFormat;
 use super::{DoorChoice, Name, Provision, Record};
 use crate::attach::{backing_file, describe_use, detach as detach_loop, in_use};
-use crate::attachment::{Attachment, started};
+use crate::attachment::{Attachment, is_stopped, started};
 use crate::cli::parse_source;
 use crate::control::{self, Served};
 use crate::detach::{self, Ended};
@@ -140,13 +140,22 @@ impl Plane {
         if ublk_name(&self.device).is_some() { "ublk" } else { "fuse and loop" }
     }
 
-    /// What becomes of the volume when the process dies, for people.
-    pub(crate) fn guarantee(&self) -> &'static str {
-        if ublk_name(&self.device).is_some() {
+    /// Returns what becomes of the volume when the process dies, for people; `loses` where that loses writes.
+    pub(crate) fn guarantee(&self, loses: bool) -> &'static str {
+        if ublk_name(&self.device).is_some() && !loses {
             "when its data plane dies another one takes over, and nothing is lost"
         } else {
             "when its data plane dies its users get I/O errors until it is mounted again; what was flushed is kept"
         }
+    }
+
+    /// Asks the process why a crash of it would lose writes that were answered and not flushed; None where it would not.
+    pub(crate) fn loss_after_crash(&self) -> Option<String> {
+        if is_stopped(self.pid) {
+            return None;
+        }
+        let served = control::served_by(self.pid).into_iter().find(|served| served.is_at(&self.device));
+        served.and_then(|served| served.loss_after_crash)
     }
 
     /// Notices another process in the place of the first. True where there is one.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::options::DiskFormat;
-use super::plane::Life;
+use super::plane::{Life, Plane};
 use super::runtime::State;
 use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
 use crate::beneath::Folder;
@@ -34,6 +34,8 @@ pub(crate) struct Status {
     pub(crate) door: Option<&'static str>,
     /// What becomes of it when its data plane dies.
     pub(crate) guarantee: Option<&'static str>,
+    /// Why writes that were answered and not flushed do not survive a crash of its data plane; None where they do.
+    pub(crate) loss_after_crash: Option<String>,
     pub(crate) device: Option<PathBuf>,
     #[serde(serialize_with = "os_text::option::serialize")]
     pub(crate) mounted: Option<PathBuf>,
@@ -62,6 +64,7 @@ impl Pool {
             Some(line) => Health::Bad(line),
             None => health(name, &record, &state, mounted.as_deref()),
         };
+        let loss_after_crash = plane.and_then(Plane::loss_after_crash);
         let of_fs = mounted.as_deref().filter(|_| record.fs != FsKind::None && health.is_served());
         Ok(Status {
             name: name.clone(),
@@ -72,7 +75,8 @@ impl Pool {
             format: record.format,
             usage: of_fs.and_then(usage),
             door: plane.map(|plane| plane.door()),
-            guarantee: plane.map(|plane| plane.guarantee()),
+            guarantee: plane.map(|plane| plane.guarantee(loss_after_crash.is_some())),
+            loss_after_crash,
             device: plane.map(|plane| plane.device.clone()),
             mounted,
             holders: state.holders.clone(),

@@ -11,22 +11,31 @@ const DISK: usize = 12 << 20;
 const ROUNDS: usize = 3;
 
 /// An image, its disk as it was answered, and the folder that servers have their journals in.
-struct World {
+pub(crate) struct World {
     place: Place,
-    image: PathBuf,
-    model: Vec<u8>,
+    pub(crate) image: PathBuf,
+    pub(crate) model: Vec<u8>,
     random: Random,
 }
 
 impl World {
     /// A fresh image that qemu-img makes with these options; over a base full of bytes where `backed`.
-    fn new(seed: u64, options: &str, backed: bool) -> World {
+    pub(crate) fn new(seed: u64, options: &str, backed: bool) -> World {
+        World::make(seed, options, backed, DISK)
+    }
+
+    /// A fresh image of so many bytes.
+    pub(crate) fn with_size(seed: u64, options: &str, size: usize) -> World {
+        World::make(seed, options, false, size)
+    }
+
+    fn make(seed: u64, options: &str, backed: bool, size: usize) -> World {
         let mut random = Random::new(seed);
         let place = Place::new();
-        let model = if backed { random.bytes(DISK) } else { vec![0; DISK] };
+        let model = if backed { random.bytes(size) } else { vec![0; size] };
         let (base, image) = (place.file("base.raw", &model), place.path("disk.qcow2"));
         let options = options.replace("DATA", text(&place.path("disk.data")));
-        let size = DISK.to_string();
+        let size = size.to_string();
         let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
         if backed {
             args.extend(["-b", text(&base), "-F", "raw"]);
@@ -36,12 +45,12 @@ impl World {
         World { image, model, random, place }
     }
 
-    fn control(&self) -> PathBuf {
+    pub(crate) fn control(&self) -> PathBuf {
         self.place.path("control")
     }
 
     /// After a kill the kernel may take a moment to let go of the image.
-    fn serve(&self, flags: &[&str]) -> Server {
+    pub(crate) fn serve(&self, flags: &[&str]) -> Server {
         let start = std::time::Instant::now();
         let data = self.place.path("disk.data");
         let own: &[&str] = match data.exists() {
@@ -58,7 +67,7 @@ impl World {
         }
     }
 
-    fn journals(&self) -> usize {
+    pub(crate) fn journals(&self) -> usize {
         let names = fs::read_dir(self.control()).unwrap().map(|entry| entry.unwrap().file_name());
         names.filter(|name| text(Path::new(name)).ends_with(".journal")).count()
     }
@@ -69,7 +78,7 @@ impl World {
     }
 
     /// Changes the disk by `count` requests, which are answered and not flushed.
-    fn change(&mut self, client: &mut Client, count: usize) {
+    pub(crate) fn change(&mut self, client: &mut Client, count: usize) {
         for _ in 0..count {
             let range = self.range(96 << 10);
             let (offset, length) = (range.start as u64, range.len() as u64);
@@ -94,7 +103,7 @@ impl World {
     }
 
     #[track_caller]
-    fn compare(&self, client: &mut Client, when: &str) {
+    pub(crate) fn compare(&self, client: &mut Client, when: &str) {
         const PIECE: usize = 1 << 20;
         for (n, expected) in self.model.chunks(PIECE).enumerate() {
             let found = client.read((n * PIECE) as u64, expected.len() as u64);
@@ -105,7 +114,7 @@ impl World {
     }
 }
 
-fn kill(mut server: Server) {
+pub(crate) fn kill(mut server: Server) {
     server.signal(Signal::KILL);
     server.wait(Duration::from_secs(20)).unwrap();
 }

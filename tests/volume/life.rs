@@ -53,6 +53,29 @@ fn a_volume_from_its_making_to_its_end() {
     assert!(!world.volume("data").exists());
 }
 
+/// An image of version 2 has no journal: what is answered and not flushed is lost with the data plane.
+#[test]
+fn a_volume_that_a_crash_would_cut_short_says_so() {
+    if skip("a_volume_that_a_crash_would_cut_short_says_so", &["qemu-img"]) {
+        return;
+    }
+    let world = World::new();
+    world.ok("create data -o size=32M -o format=qcow2");
+    world.mount("data");
+    assert_eq!(world.inspect("data")["loss_after_crash"], serde_json::Value::Null);
+    assert!(!world.ok("ls").contains("a crash"));
+    world.ok("umount data");
+    let disk = world.volume("data").join("disk.qcow2");
+    run("qemu-img", &[&"amend", &"-f", &"qcow2", &"-o", &"compat=0.10", &disk]);
+    world.mount("data");
+    let status = world.inspect("data");
+    assert!(status["loss_after_crash"].as_str().unwrap().contains("version 2"), "{status}");
+    assert!(status["guarantee"].as_str().unwrap().contains("what was flushed is kept"), "{status}");
+    let listed = world.ok("ls");
+    assert!(listed.contains("ok; writes that are answered and not flushed do not survive"), "{listed}");
+    world.ok("umount data");
+}
+
 #[test]
 fn every_file_system_and_format() {
     if skip("every_file_system_and_format", &["mkfs.xfs", "mkfs.btrfs"]) {

@@ -40,10 +40,10 @@ mod write;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::{Arc, OnceLock};
 
 use imago::FormatAccess;
 
@@ -144,6 +144,8 @@ struct Parts {
     largest_cluster: u64,
     tables: Tables,
     journal: Option<Journal>,
+    /// Why there is no journal.
+    loss: Option<String>,
 }
 
 /// What workers and the engine share.
@@ -160,6 +162,8 @@ struct Shared {
     version: AtomicU64,
     /// The metadata has changed since the last commit.
     dirty: AtomicBool,
+    /// Why writes that are answered and not flushed do not survive this process; not set where they do.
+    loss: OnceLock<String>,
 }
 
 impl Shared {
@@ -170,6 +174,14 @@ impl Shared {
     fn set_size(&self, size: u64) {
         self.size.store(size, Release);
         self.version.fetch_add(1, AcqRel);
+    }
+
+    /// Notes that answered writes do not survive this process from now on.
+    fn note_loss(&self, reason: String) {
+        // The first reason stays.
+        if self.loss.set(reason).is_ok() {
+            self.version.fetch_add(1, AcqRel);
+        }
     }
 
     /// Makes the data that was written before durable.
@@ -209,6 +221,7 @@ impl ImageBackend {
             version: AtomicU64::new(0),
             // Opening may have changed the header: flags that no writer may leave as they were.
             dirty: AtomicBool::new(parts.top.kept_bytes() > 0),
+            loss: parts.loss.clone().map_or_else(OnceLock::new, OnceLock::from),
         });
         ImageBackend { engine: EngineThread::new(parts, shared.clone()), shared }
     }
@@ -225,9 +238,6 @@ fn geometry(parts: &Parts, files: &[Arc<dyn Backend>], size: u64) -> Geometry {
             | Capabilities::WRITE_ZEROES
             | Capabilities::GROW
     };
-    if !parts.options.read_only && parts.journal.is_none() {
-        capabilities = capabilities | Capabilities::VOLATILE;
-    }
     // Version 2 has no clusters that are zero by a flag.
     if !parts.options.read_only && parts.version >= 3 {
         capabilities = capabilities | Capabilities::FAST_ZERO;
@@ -261,7 +271,11 @@ impl Backend for ImageBackend {
     fn geometry(&self) -> Geometry {
         // In this order the size is at least as new as the version.
         let version = self.shared.version.load(Acquire);
-        Geometry { version, size: self.shared.size(), ..self.shared.opened }
+        let mut capabilities = self.shared.opened.capabilities;
+        if self.shared.loss.get().is_some() {
+            capabilities = capabilities | Capabilities::VOLATILE;
+        }
+        Geometry { version, size: self.shared.size(), capabilities, ..self.shared.opened }
     }
 
     #[inline]
@@ -357,6 +371,10 @@ impl Backend for ImageBackend {
 
     fn allocation_depth(&self, offset: u64, len: u64, _flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
         Box::pin(self.engine.run(move |engine| async move { engine.allocation_depth(offset, len).await }))
+    }
+
+    fn loss_after_crash(&self) -> Option<String> {
+        self.shared.loss.get().cloned()
     }
 
     fn grow(&self, size: u64) -> LocalFuture<'_, Result<()>> {

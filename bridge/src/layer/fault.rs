@@ -277,6 +277,10 @@ impl Backend for Fault {
     fn allocated(&self) -> Option<u64> {
         self.inner.allocated()
     }
+
+    fn loss_after_crash(&self) -> Option<String> {
+        self.inner.loss_after_crash()
+    }
 }
 
 fn injected(errno: Errno) -> Error {

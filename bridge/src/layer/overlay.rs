@@ -340,6 +340,11 @@ impl Backend for Overlay {
         Box::pin(self.shared.block_status(offset, len, flags))
     }
 
+    fn loss_after_crash(&self) -> Option<String> {
+        let temporary = self.shared.map.is_none();
+        temporary.then(|| "changes go to a temporary overlay, which ends with its process".to_owned())
+    }
+
     fn allocation_depth(&self, offset: u64, len: u64, flags: Flags) -> LocalFuture<'_, Result<Vec<Depth>>> {
         Box::pin(self.shared.allocation_depth(offset, len, flags))
     }

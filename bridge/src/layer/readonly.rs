@@ -88,6 +88,10 @@ impl Backend for ReadOnly {
     fn allocated(&self) -> Option<u64> {
         self.inner.allocated()
     }
+
+    fn loss_after_crash(&self) -> Option<String> {
+        self.inner.loss_after_crash()
+    }
 }
 
 fn refusal() -> Error {

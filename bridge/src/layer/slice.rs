@@ -84,4 +84,8 @@ impl Backend for Slice {
     fn allocate(&self, offset: u64, len: u64) -> LocalFuture<'_, Result<()>> {
         self.inner.allocate(self.start + offset, len)
     }
+
+    fn loss_after_crash(&self) -> Option<String> {
+        self.inner.loss_after_crash()
+    }
 }

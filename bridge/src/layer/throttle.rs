@@ -195,6 +195,10 @@ impl Backend for Throttle {
     fn allocated(&self) -> Option<u64> {
         self.inner.allocated()
     }
+
+    fn loss_after_crash(&self) -> Option<String> {
+        self.inner.loss_after_crash()
+    }
 }
 
 #[cfg(test)]

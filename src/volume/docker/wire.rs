@@ -96,6 +96,7 @@ impl Volume {
             "filesystem": filesystem,
             "door": status.door,
             "guarantee": status.guarantee,
+            "loss_after_crash": status.loss_after_crash,
             "device": status.device,
             "references": references,
             "holders": status.holders,

@@ -274,6 +274,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         largest_cluster,
         tables,
         journal: journal.journal,
+        loss: journal.loss,
     };
     Ok((parts, files.open))
 }
@@ -306,7 +307,7 @@ fn count_tables(layers: &[Layer], hosts: &[(Host, Option<Host>)], memory: &Image
 
 /// Opens the journal of an image that is written, and brings in what dead processes have left in those of all images.
 async fn journals(layers: &[Layer], hosts: &[(Host, Option<Host>)], files: &Files<'_>) -> Result<Opened> {
-    let mut opened = Opened { journal: None, replayed: false };
+    let mut opened = Opened { journal: None, loss: None, replayed: false };
     let descriptor = |host: &Host| files.descriptors.get(usize::from(host.number()))?.as_deref();
     for (layer, (host, data_file)) in layers.iter().zip(hosts) {
         let (Some(header), Some(file)) = (&layer.header, descriptor(host)) else { continue };

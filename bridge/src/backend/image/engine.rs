@@ -330,7 +330,7 @@ impl Engine {
             done.await.map_err(|error: io::Error| from_io(&error))?;
             self.shared.dirty.store(false, Release);
             self.top.clear_freed();
-            self.reset_journal();
+            self.reset_journal().await;
         }
         Ok(())
     }

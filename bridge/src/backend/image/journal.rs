@@ -77,6 +77,8 @@ pub(super) struct Journal {
     clusters: Cell<u64>,
     /// That it cannot be written was logged.
     warned: Cell<bool>,
+    /// Nothing is noted any more.
+    given_up: Cell<bool>,
 }
 
 impl Journal {
@@ -131,6 +133,7 @@ impl Journal {
             count: Cell::new(0),
             clusters: Cell::new(0),
             warned: Cell::new(false),
+            given_up: Cell::new(false),
         }
     }
 
@@ -142,11 +145,14 @@ impl Journal {
         Ok(records)
     }
 
-    /// Adds a record. It survives this process when this returns.
+    /// Adds a record. It survives this process when this returns, unless the journal was given up.
     ///
     /// # Errors
     /// The file's, or that there is no room: the change has to be committed before it is answered then.
     pub(super) fn note(&self, record: Record) -> io::Result<()> {
+        if self.given_up.get() {
+            return Ok(());
+        }
         let index = self.count.get();
         let bytes = record.encode(self.stamp(index)).filter(|_| index < RECORDS);
         let bytes = bytes.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
@@ -174,10 +180,26 @@ impl Journal {
         self.count.get() > 0
     }
 
+    /// Ends the journal: what is noted later is not kept. The image's file has all that the records say. Returns false
+    /// if they can neither be removed nor emptied: the next open must not believe them then.
+    #[must_use]
+    pub(super) fn give_up(&self) -> bool {
+        self.given_up.set(true);
+        self.count.set(0);
+        self.clusters.set(0);
+        let emptied = self.file.set_len(0).is_ok();
+        std::fs::remove_file(&self.path).is_ok() || emptied
+    }
+
+    /// Tells whether the journal was given up.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
     /// Begins a new generation: the image's file has all that the records say.
     ///
     /// # Errors
-    /// The file's. The records still count then, which does no harm: they say what the file says.
+    /// The file's. The records still count then, until the image's file changes: the journal has to be given up.
     pub(super) fn reset(&self) -> io::Result<()> {
         if self.has_records() {
             let generation = self.generation.get() + 1;
@@ -196,8 +218,8 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        // With records it is for the next open.
-        if !self.has_records() {
+        // With records it is for the next open. One that was given up is gone, and another file may have its name.
+        if !self.has_records() && !self.is_given_up() {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -352,6 +374,25 @@ mod tests {
         journal.reset().unwrap();
         journal.note(Record { first: 0, count: MAX_CLUSTERS + 1, change: Change::ZeroFree }).unwrap();
         assert!(journal.is_nearly_full());
+    }
+
+    #[test]
+    fn a_journal_that_was_given_up_has_room_and_keeps_nothing() {
+        let world = World::new();
+        let (mut journal, _) = world.open().unwrap();
+        journal.note(record(1)).unwrap();
+        journal.note(Record { first: 0, count: MAX_CLUSTERS, change: Change::ZeroFree }).unwrap();
+        assert!(journal.is_nearly_full());
+        let writable = std::mem::replace(&mut journal.file, File::open(&journal.path).unwrap());
+        assert!(journal.reset().is_err());
+        journal.file = writable;
+        assert!(journal.give_up());
+        assert!(!journal.is_nearly_full() && !journal.has_records());
+        journal.note(record(2)).unwrap();
+        journal.reset().unwrap();
+        let (_, found) = world.open().unwrap();
+        assert_eq!(found, Left::Nothing);
+        drop(journal);
     }
 
     #[test]

@@ -30,13 +30,23 @@ impl Engine {
         self.journal.as_ref().is_some_and(|journal| journal.is_nearly_full())
     }
 
-    /// Begins anew: all that was noted is committed.
-    pub(super) fn reset_journal(&self) {
+    /// Begins anew: all that was noted is committed, and the caller keeps changes away. A journal that cannot be begun
+    /// anew is given up: its records would undo what is changed from now on.
+    pub(super) async fn reset_journal(&self) {
         self.must_commit.set(false);
-        if let Some(journal) = &self.journal
-            && let Err(error) = journal.reset()
-        {
-            tracing::warn!(%error, "an image's journal cannot be begun anew");
+        let Some(journal) = &self.journal else { return };
+        let Err(error) = journal.reset() else { return };
+        let is_gone = journal.give_up();
+        self.shared.note_loss(format!("its journal cannot be written: {error}"));
+        tracing::warn!(
+            %error,
+            "{}: the journal cannot be written and is given up: writes that are answered and not flushed will not survive \
+             a crash of this process",
+            self.top
+        );
+        // Nobody believes records of an image without the mark. Else it stays, and tells the next open what may be missing.
+        if !is_gone && let Err(error) = self.top.mark_in_use(false).await {
+            tracing::error!(%error, "{}: cannot be marked as closed", self.top);
         }
     }
 

@@ -30,8 +30,9 @@ pub(super) struct Subject<'a> {
 
 /// The journal of an image that is opened for writing.
 pub(super) struct Opened {
-    /// None where there can be none; the log says why.
     pub(super) journal: Option<Journal>,
+    /// Why there is none.
+    pub(super) loss: Option<String>,
     /// The image's header may have changed.
     pub(super) replayed: bool,
 }
@@ -47,20 +48,22 @@ impl Subject<'_> {
     /// The image's files': what was answered would be missing, so the image must not be served.
     pub(super) async fn open_journal(&self, folder: Option<&Path>) -> io::Result<Opened> {
         let path = self.path.display();
-        let none = Opened { journal: None, replayed: false };
-        let Some(folder) = folder else { return Ok(none) };
+        let without = |loss| Ok(Opened { journal: None, loss: Some(loss), replayed: false });
+        let Some(folder) = folder else { return without("no folder for its journal was given".to_owned()) };
         if self.header.version < 3 {
-            self.warn_of_loss(
-                &format!("an image of version 2 has no journal; `qemu-img amend -o compat=1.1 {path}` makes it version 3"),
+            let loss = format!(
+                "an image of version 2 has no journal; `qemu-img amend -o compat=1.1 {path}` makes it version 3"
             );
-            return Ok(none);
+            self.warn_of_loss(&loss);
+            return without(loss);
         }
         let (journal, left) = match self.identity().and_then(|identity| Journal::open(folder, identity)) {
             Ok(opened) => opened,
             Err(reason) => {
-                self.warn_of_loss(&format!("no journal: {reason}"));
+                let loss = format!("no journal: {reason}");
+                self.warn_of_loss(&loss);
                 self.warn_of_missing(folder);
-                return Ok(none);
+                return without(loss);
             }
         };
         let mut replayed = false;
@@ -82,7 +85,7 @@ impl Subject<'_> {
                 journal.reset()?;
             }
         }
-        Ok(Opened { journal: Some(journal), replayed })
+        Ok(Opened { journal: Some(journal), loss: None, replayed })
     }
 
     /// Lays what a dead process has left in its journal over an image that is only read.

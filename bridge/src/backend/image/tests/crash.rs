@@ -94,6 +94,7 @@ impl Run {
             largest_cluster: cluster,
             tables: memory.image(cluster),
             journal: None,
+            loss: None,
         };
         let sector = Sector { stamps: vec![0], answered: 1, oldest: 0 };
         Rc::new(Run {
