@@ -13,6 +13,8 @@
 mod disk;
 #[path = "torture/model.rs"]
 mod model;
+#[path = "torture/moment.rs"]
+mod moment;
 #[path = "torture/power.rs"]
 mod power;
 #[path = "torture/recorder.rs"]

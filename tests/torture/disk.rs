@@ -93,6 +93,16 @@ impl Disk {
 
     /// Serves it.
     pub(crate) fn start(&self) -> Server {
+        self.try_start().unwrap_or_else(|log| panic!("it did not start: {log}"))
+    }
+
+    /// The folder of its servers' control sockets.
+    pub(crate) fn control(&self) -> &Path {
+        self.control.path()
+    }
+
+    /// Serves it, or gives the log of a server that did not start.
+    pub(crate) fn try_start(&self) -> Result<Server, String> {
         let (raw, image, overlay) = (self.path("raw"), self.path("image"), self.path("overlay"));
         let data = self.path("data");
         let uri = self.upstream.as_ref().map(|server| server.uri(""));
@@ -103,7 +113,7 @@ impl Disk {
             Kind::Overlay => vec![text(&raw), "-f", "raw", "--overlay", text(&overlay)],
             Kind::Proxy => vec![uri.as_deref().unwrap()],
         };
-        Server::serve_in(self.control.path(), &args)
+        Server::try_serve_in(self.control.path(), &args)
     }
 
     /// The image of the kinds that are qcow2.

@@ -12,6 +12,7 @@ use fuser::{
     Generation, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
     ReplyWrite, Request, TimeOrNow, WriteFlags, spawn_mount,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::support::Random;
@@ -44,6 +45,10 @@ struct Log {
     now: Vec<Vec<u8>>,
     /// The number of a file, and what happened to it.
     events: Vec<(usize, Event)>,
+    /// Events until the process that makes the next one is killed.
+    kill_after: Option<usize>,
+    /// It was killed: nothing happens to the files any more.
+    frozen: bool,
 }
 
 /// The recorded folder; unmounted when dropped.
@@ -75,6 +80,18 @@ impl Recorder {
     /// How many events there have been: the position of what happens next.
     pub(crate) fn position(&self) -> usize {
         lock(&self.log).events.len()
+    }
+
+    /// Has the process killed (SIGKILL) that makes the event after `events` more, and that event not happen.
+    pub(crate) fn kill_after(&self, events: usize) {
+        lock(&self.log).kill_after = Some(events);
+    }
+
+    /// Ends that. Returns true if a process was killed.
+    pub(crate) fn thaw(&self) -> bool {
+        let mut log = lock(&self.log);
+        log.kill_after = None;
+        std::mem::take(&mut log.frozen)
     }
 
     /// Writes into a folder what a power cut at this position leaves.
@@ -189,11 +206,23 @@ impl Files {
         work(&mut lock(&self.0), number(ino))
     }
 
-    fn note(&self, ino: INodeNo, event: Event) {
+    /// Notes what a process does to a file; an error where it is killed for it.
+    fn note(&self, request: &Request, ino: INodeNo, event: Event) -> Result<(), Errno> {
         self.with(ino, |log, file| {
+            if log.kill_after == Some(0) {
+                // The number may be one of a thread, which stands for its process here.
+                let process = Pid::from_raw(i32::try_from(request.pid()).unwrap()).unwrap();
+                kill_process(process, Signal::KILL).unwrap();
+                (log.kill_after, log.frozen) = (None, true);
+            }
+            if log.frozen {
+                return Err(Errno::EIO);
+            }
+            log.kill_after = log.kill_after.map(|left| left - 1);
             apply(&mut log.now[file], &event, &mut |_| true);
             log.events.push((file, event));
-        });
+            Ok(())
+        })
     }
 }
 
@@ -241,8 +270,10 @@ impl Filesystem for Files {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        if let Some(size) = size {
-            self.note(ino, Event::Resize(index(size)));
+        if let Some(size) = size
+            && let Err(errno) = self.note(request, ino, Event::Resize(index(size)))
+        {
+            return reply.error(errno);
         }
         self.getattr(request, ino, fh, reply);
     }
@@ -272,7 +303,7 @@ impl Filesystem for Files {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -283,13 +314,17 @@ impl Filesystem for Files {
         reply: ReplyWrite,
     ) {
         let durable = flags.0 & libc::O_DSYNC != 0;
-        self.note(ino, Event::Write { offset: index(offset), data: data.to_vec(), durable });
-        reply.written(u32::try_from(data.len()).unwrap());
+        match self.note(request, ino, Event::Write { offset: index(offset), data: data.to_vec(), durable }) {
+            Ok(()) => reply.written(u32::try_from(data.len()).unwrap()),
+            Err(errno) => reply.error(errno),
+        }
     }
 
-    fn fsync(&self, _request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.note(ino, Event::Sync);
-        reply.ok();
+    fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        match self.note(request, ino, Event::Sync) {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn flush(
@@ -305,7 +340,7 @@ impl Filesystem for Files {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -319,11 +354,15 @@ impl Filesystem for Files {
             return reply.error(Errno::EOPNOTSUPP);
         }
         let size = self.with(ino, |log, file| log.now[file].len());
-        if mode & libc::FALLOC_FL_KEEP_SIZE == 0 && offset + len > size {
-            self.note(ino, Event::Resize(offset + len));
-        }
-        if mode & zeroes != 0 {
-            self.note(ino, Event::Zero { offset, len });
+        let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0 && offset + len > size;
+        let events = [
+            grows.then_some(Event::Resize(offset + len)),
+            (mode & zeroes != 0).then_some(Event::Zero { offset, len }),
+        ];
+        for event in events.into_iter().flatten() {
+            if let Err(errno) = self.note(request, ino, event) {
+                return reply.error(errno);
+            }
         }
         reply.ok();
     }
