@@ -7,6 +7,8 @@
 
 #[path = "remote/blocks.rs"]
 mod blocks;
+#[path = "remote/killed.rs"]
+mod killed;
 #[path = "remote/status.rs"]
 mod status;
 mod support;
@@ -16,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nbd_proto::{Command as NbdCommand, NbdError, ReplyStyle};
-use support::{NO_FLAGS, PROGRAM, Random, Server, eventually, need, net, run, text, try_run};
+use support::{CONTROL_FOLDER, NO_FLAGS, PROGRAM, Random, Server, eventually, need, net, run, text, try_run};
 use tempfile::TempDir;
 
 /// A server of somebody else's, on the socket `sock` in a folder of its own.
@@ -169,9 +171,13 @@ struct Upstream {
 
 impl Upstream {
     fn new(place: &str, size: &str) -> Upstream {
+        Upstream::with_format(place, "raw", size)
+    }
+
+    fn with_format(place: &str, format: &str, size: &str) -> Upstream {
         let folder = tempfile::tempdir_in(place).unwrap();
         let mut upstream = Upstream { server: None, folder };
-        run(PROGRAM, &["create", text(&upstream.path("image")), size]);
+        run(PROGRAM, &["create", "-f", format, text(&upstream.path("image")), size]);
         upstream.start();
         upstream
     }
@@ -182,8 +188,18 @@ impl Upstream {
 
     fn start(&mut self) {
         let (image, socket) = (self.path("image"), self.path("sock"));
-        let _ = std::fs::remove_file(&socket);
-        self.server = Some(Server::start(&mut net(&[text(&image), "-k", text(&socket)]), 1));
+        let start = Instant::now();
+        loop {
+            let _ = std::fs::remove_file(&socket);
+            let mut command = net(&[text(&image), "-k", text(&socket)]);
+            let server = Server::start(command.env(CONTROL_FOLDER, self.path("control")), 1);
+            if !server.lines.is_empty() {
+                self.server = Some(server);
+                return;
+            }
+            // After a kill the kernel may take a moment to let go of the image.
+            assert!(start.elapsed() < Duration::from_secs(20), "it does not start");
+        }
     }
 
     /// kill -9.
