@@ -7,13 +7,14 @@
 //!
 //! Until it is ready the child has the parent's terminal: it prints its own lines and errors there, and a Ctrl-C
 //! ends both. Where it ends before it is ready, the parent ends with its status.
-//! A leaf file: the only `unsafe` is fork(2).
+//! A signal to the parent is passed on to the child, and the parent ends by it when the child has ended.
+//! A leaf file: the only `unsafe` is fork(2) and the C library's signal sets.
 #![allow(unsafe_code)]
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -22,7 +23,7 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, setsid, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::output;
@@ -60,14 +61,16 @@ pub(crate) enum Forked {
 /// The process has threads already (they would be missing in the child), or the operating system refuses.
 pub(crate) fn fork(keep_stderr: bool, clean_up: impl FnOnce(u32)) -> Result<Forked> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).context("no pipe for --fork")?;
+    let signals = Signals::hold().context("cannot hold signals for --fork")?;
     match split()? {
         None => {
             drop(reader);
+            drop(signals);
             Ok(Forked::Child(Ready { parent: Some((writer, keep_stderr)), silent: false, pid_file: None }))
         }
         Some(child) => {
             drop(writer);
-            wait_for(reader, child, clean_up).map(Forked::Parent)
+            wait_for(reader, child, &signals, clean_up).map(Forked::Parent)
         }
     }
 }
@@ -88,6 +91,7 @@ pub(crate) fn split() -> Result<Option<Pid>> {
     }
     // What waits in the buffer would be printed by both.
     output::flush();
+    systemd::before_fork();
     // SAFETY: the process has one thread (checked above), so that the child starts with no lock held elsewhere
     // and may do anything.
     match unsafe { libc::fork() } {
@@ -111,12 +115,25 @@ pub(crate) fn leave_terminal(keep_stderr: bool) -> Result<()> {
     Ok(())
 }
 
-fn wait_for(reader: OwnedFd, child: Pid, clean_up: impl FnOnce(u32)) -> Result<ExitCode> {
+fn wait_for(reader: OwnedFd, child: Pid, signals: &Signals, clean_up: impl FnOnce(u32)) -> Result<ExitCode> {
     let limit = Timespec { tv_sec: START_LIMIT_SECONDS, tv_nsec: 0 };
+    let mut told = None;
     let said = loop {
-        match poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&limit)) {
-            Err(Errno::INTR) => {}
-            other => break other.context("cannot wait for the server")? > 0,
+        let mut fds = [PollFd::new(&reader, PollFlags::IN), PollFd::new(&signals.fd, PollFlags::IN)];
+        match poll(&mut fds, Some(&limit)) {
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error).context("cannot wait for the server"),
+            Ok(0) => break false,
+            Ok(_) => {}
+        }
+        let is_said = !fds[0].revents().is_empty();
+        if let Some(signal) = signals.next() {
+            told = Some(signal);
+            // At worst it has ended meanwhile.
+            let _ = kill_process(child, signal);
+        }
+        if is_said {
+            break true;
         }
     };
     if !said {
@@ -125,23 +142,85 @@ fn wait_for(reader: OwnedFd, child: Pid, clean_up: impl FnOnce(u32)) -> Result<E
         bail!("the server was not ready within {START_LIMIT_SECONDS} s, and was killed");
     }
     let mut word = [0; 1];
-    if matches!(File::from(reader).read(&mut word), Ok(1)) {
+    let ready = matches!(File::from(reader).read(&mut word), Ok(1));
+    if ready && told.is_none() {
         return Ok(ExitCode::SUCCESS);
     }
-    // The pipe was closed unused: the child has ended or is about to, and has said why.
+    // The pipe was closed unused, and the child has said why; or it has been told to end.
     let status = loop {
         match waitpid(Some(child), WaitOptions::empty()) {
             Err(Errno::INTR) => {}
             other => break other.context("cannot learn how the server ended")?,
         }
     };
-    match status.map(|(_, status)| (status.exit_status(), status.terminating_signal())) {
+    let status = status.map(|(_, status)| (status.exit_status(), status.terminating_signal()));
+    if let Some((_, Some(_))) = status {
+        clean_up(child.as_raw_nonzero().get().unsigned_abs());
+    }
+    if let Some(signal) = told {
+        signals.die_of(signal);
+    }
+    match status {
         Some((Some(code), _)) if code != 0 => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),
-        Some((_, Some(signal))) => {
-            clean_up(child.as_raw_nonzero().get().unsigned_abs());
-            bail!("the server was ended by signal {signal} before it was ready")
-        }
+        Some((_, Some(signal))) => bail!("the server was ended by signal {signal} before it was ready"),
         _ => bail!("the server ended before it was ready"),
+    }
+}
+
+/// The signals that end a process, held back while a server starts: who tells its parent tells the server, also in the moment
+/// in which it becomes ready. Dropped, they are as they were.
+struct Signals {
+    fd: OwnedFd,
+    before: libc::sigset_t,
+}
+
+impl Signals {
+    fn hold() -> io::Result<Self> {
+        // SAFETY: sigset_t is a plain C structure, for which all zeroes is a value; each call writes into one of ours, and
+        // the descriptor is new.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+                libc::sigaddset(&raw mut set, signal.as_raw());
+            }
+            let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let fd = OwnedFd::from_raw_fd(fd);
+            if libc::sigprocmask(libc::SIG_BLOCK, &raw const set, &raw mut before) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Signals { fd, before })
+        }
+    }
+
+    /// Takes the one that came first.
+    fn next(&self) -> Option<Signal> {
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        rustix::io::read(&self.fd, &mut info).ok()?;
+        // ssi_signo comes first (signalfd(2)).
+        let number = u32::from_ne_bytes(*info.first_chunk()?);
+        Signal::from_named_raw(i32::try_from(number).ok()?)
+    }
+
+    /// Ends this process by a signal, as if it had never been held.
+    fn die_of(&self, signal: Signal) {
+        self.restore();
+        let _ = kill_process(getpid(), signal);
+    }
+
+    fn restore(&self) {
+        // SAFETY: the set is read.
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        self.restore();
     }
 }
 

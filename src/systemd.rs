@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::fstat;
@@ -22,6 +22,9 @@ const FIRST: RawFd = 3;
 
 /// More than anybody passes; keeps a broken number from costing time.
 const MOST: RawFd = 1024;
+
+/// The process that was started, where this one is a fork of it.
+static STARTED_AS: AtomicU32 = AtomicU32::new(0);
 
 /// A socket that was opened by another process and passed to this one.
 #[derive(Debug)]
@@ -68,7 +71,9 @@ pub(crate) fn take_sockets() -> Result<Vec<PassedSocket>> {
     let (pid, count, names) = (variable("LISTEN_PID"), variable("LISTEN_FDS"), variable("LISTEN_FDNAMES"));
     clear(&["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"]);
     // Variables for another process are left from an ancestor: their descriptors are not ours.
-    if pid.parse() != Ok(std::process::id()) {
+    let meant =
+        |pid: u32| pid != 0 && [std::process::id(), STARTED_AS.load(Ordering::Relaxed)].contains(&pid);
+    if !pid.parse().is_ok_and(meant) {
         return Ok(Vec::new());
     }
     let count = match count.parse::<RawFd>() {
@@ -77,6 +82,12 @@ pub(crate) fn take_sockets() -> Result<Vec<PassedSocket>> {
     };
     let mut names = names.split(':').map(str::to_owned);
     (FIRST..FIRST + count).map(|number| take_socket(number, names.next().unwrap_or_default())).collect()
+}
+
+/// Notes that this process is about to fork: what was passed to it is for its child.
+pub(crate) fn before_fork() {
+    // Who was started first is whom the sockets were passed to.
+    let _ = STARTED_AS.compare_exchange(0, std::process::id(), Ordering::Relaxed, Ordering::Relaxed);
 }
 
 /// Clears variables, where no other thread can be reading them.

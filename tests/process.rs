@@ -7,9 +7,11 @@
 mod support;
 
 use std::fs;
+use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -65,6 +67,64 @@ fn fork_hands_on_what_went_wrong() {
     let output = net(&["mem:1M", "-p", "0", "--fork", "--pid-file", text(&pid_file)]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(one_line(&output).contains(text(&pid_file)), "{output:?}");
+}
+
+/// In the moment in which the server is ready and its parent has not heard of it yet, too.
+#[test]
+fn a_signal_to_who_waits_ends_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, pid_file) = (folder.path().join("sock"), folder.path().join("pid"));
+    for _ in 0..50 {
+        let mut parent = net(&["mem:1M", "-k", text(&socket), "--fork", "--pid-file", text(&pid_file)])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_child(&parent);
+        let children = format!("/proc/{pid}/task/{pid}/children");
+        eventually("there are two", || {
+            fs::read_to_string(&children).is_ok_and(|children| !children.is_empty())
+                || parent.try_wait().unwrap().is_some()
+        });
+        // It may have heard already.
+        let _ = kill_process(pid, Signal::STOP);
+        eventually("the server is ready", || {
+            fs::read_to_string(&pid_file).is_ok_and(|text| text.ends_with('\n'))
+        });
+        let server = Pid::from_raw(fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap()).unwrap();
+        let _ = kill_process(pid, Signal::TERM);
+        let _ = kill_process(pid, Signal::CONT);
+        let status = parent.wait().unwrap();
+        let late = status.success();
+        if late {
+            kill_process(server, Signal::TERM).unwrap();
+        }
+        eventually("the server ends", || fs::read_dir(folder.path()).unwrap().count() == 0);
+        if !late {
+            assert_eq!(status.signal(), Some(Signal::TERM.as_raw()), "{status}");
+            return;
+        }
+    }
+    panic!("the parent was too quick each time");
+}
+
+#[test]
+fn a_socket_from_systemd_and_a_server_in_the_background() {
+    let folder = tempfile::tempdir().unwrap();
+    let pid_file = folder.path().join("pid");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let output =
+        activated(listener.into(), &format!("--fork --pid-file {}", text(&pid_file))).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let mut client = TcpStream::connect(address).unwrap();
+    let mut greeting = [0; 18];
+    client.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let greeted = client.read_exact(&mut greeting);
+    let server = Pid::from_raw(fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap()).unwrap();
+    kill_process(server, Signal::TERM).unwrap();
+    eventually("the server removes its files", || !pid_file.exists());
+    greeted.unwrap();
+    assert!(greeting.starts_with(b"NBDMAGIC"));
 }
 
 /// Starts the server as systemd would, with stdin as the passed socket.
