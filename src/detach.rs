@@ -4,11 +4,12 @@
 //! A living server flushes, is asked to end, and waited for; what a dead one has left is cleared away. Every wait has an
 //! end, also where the server is stopped.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Signal, kill_process};
 
@@ -107,6 +108,7 @@ fn detach_device(device: &Path, force: bool) -> Result<Ended> {
     let Some((attachment, note)) = Attachment::of_device(device) else {
         bail!("{}: was not attached by nbdbridge (`nbdbridge devices` lists what was)", device.display());
     };
+    let _alone = alone(device, &note)?;
     if !attachment.is_alive() {
         return clear(&attachment, &note, force).map(|()| Ended::Whole);
     }
@@ -139,6 +141,7 @@ fn detach_file(path: &Path, force: bool) -> Result<Ended> {
         );
         return detach_unknown(path, force);
     };
+    let _alone = alone(path, &note)?;
     if let Some(device) = &attachment.device {
         bail!("{}: is attached as {}; detach that", path.display(), device.display());
     }
@@ -168,6 +171,27 @@ fn detach_file(path: &Path, force: bool) -> Result<Ended> {
         wait_for(&attachment)?;
     }
     Ok(ended_noted(path, flushed, &attachment, &note))
+}
+
+/// Waits until nobody else ends the attachment: two at a time would take each other's steps for failures. None where its note
+/// cannot be opened: it is another user's, whose process cannot be told either.
+///
+/// # Errors
+/// One line: somebody else has ended it, or does not come to an end.
+fn alone(place: &Path, note: &Path) -> Result<Option<File>> {
+    let by_another = || format!("{}: was detached by another process meanwhile", place.display());
+    let lock = match File::open(note) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(by_another()),
+        Err(_) => return Ok(None),
+    };
+    let until = Instant::now() + PATIENCE + FLUSH_LIMIT;
+    while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        ensure!(Instant::now() < until, "{}: another process does not come to detach it", place.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(note.exists(), by_another());
+    Ok(Some(lock))
 }
 
 /// A mounted file of which nothing is written down: its server could not, or is another user's.

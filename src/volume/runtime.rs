@@ -74,14 +74,19 @@ impl State {
     }
 }
 
+/// A path as the kernel shows it in the list of mounts: without links. The part that is not there yet has none.
+fn resolved(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => resolved(parent).join(name),
+        _ => path.to_owned(),
+    })
+}
+
 impl Runtime {
     /// For the pool whose folder this is the metadata of.
     pub(super) fn new(pool: &Metadata) -> Result<Self> {
-        let folder = crate::control::runtime_folder().join("volumes").join(format!(
-            "{:x}-{:x}",
-            pool.dev(),
-            pool.ino()
-        ));
+        let root = crate::control::runtime_folder().join("volumes");
+        let folder = resolved(&root).join(format!("{:x}-{:x}", pool.dev(), pool.ino()));
         let boot_id = fs::read_to_string(BOOT_ID).with_context(|| format!("{BOOT_ID}: cannot read it"))?;
         Ok(Runtime { mount_root: folder.clone(), folder, boot_id: boot_id.trim().to_owned() })
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 
@@ -106,6 +106,42 @@ fn attach_devices_detach() {
     assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
     let refused = nbdbridge(folder.path(), &["detach".as_ref(), device.as_os_str()]).output().unwrap();
     assert!(one_line(&refused).contains("was not attached by nbdbridge"), "{refused:?}");
+}
+
+/// Each sees the other one's steps, and must not take them for failures.
+#[test]
+fn two_that_detach_at_a_time() {
+    if skip("two_that_detach_at_a_time") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..6 {
+        let disk = folder.path().join("disk.img");
+        fs::write(&disk, vec![5; 1 << 20]).unwrap();
+        let words: &[&str] = if round % 2 == 0 {
+            &["attach", "disk.img", "-f", "raw", "--door", "fuse"]
+        } else {
+            &["fuse", "disk.img", "file", "-f", "raw", "--fork"]
+        };
+        let output = nbdbridge(folder.path(), words).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        let place = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim_end());
+        fs::OpenOptions::new().write(true).open(&place).unwrap().write_all_at(&[6; 65536], 0).unwrap();
+        let detach = || {
+            let mut command = nbdbridge(folder.path(), &["detach".as_ref(), place.as_os_str()]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let both = [detach(), detach()].map(|child| child.wait_with_output().unwrap());
+        let well = both.iter().filter(|output| output.status.success()).count();
+        assert_eq!(well, 1, "{both:?}");
+        let other = both.iter().find(|output| !output.status.success()).unwrap();
+        let line = one_line(other);
+        let expected =
+            ["by another process meanwhile", "was not attached by", "nothing to detach", "no device or file"];
+        assert!(expected.iter().any(|expected| line.contains(expected)), "{line}");
+        assert_eq!(fs::read(&disk).unwrap()[..65536], [6; 65536]);
+        let _ = fs::remove_file(folder.path().join("file"));
+    }
 }
 
 #[test]

@@ -17,6 +17,28 @@ fn record(world: &World, name: &str) -> serde_json::Value {
     serde_json::from_slice(&fs::read(world.volume(name).join("volume.json")).unwrap()).unwrap()
 }
 
+/// The runtime folder by a link, as /var/run is one: mounts are found by where they are.
+#[test]
+fn a_runtime_folder_behind_a_link() {
+    if skip("a_runtime_folder_behind_a_link", &[]) {
+        return;
+    }
+    let world = World::new();
+    fs::create_dir_all(world.join("real/run")).unwrap();
+    std::os::unix::fs::symlink("real/run", world.join("run")).unwrap();
+    world.ok("create a -o size=32M");
+    for _ in 0..2 {
+        let point = world.mount("a");
+        assert!(point.starts_with(world.join("real")), "{}", point.display());
+        assert_eq!(world.inspect("a")["health"], "ok");
+        world.ok("umount a");
+        assert!(!point.exists());
+    }
+    world.ok("rm a");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(world.folder.path().to_str().unwrap()), "{mounts}");
+}
+
 #[test]
 fn an_unmount_whose_last_flush_fails_tells() {
     if skip("an_unmount_whose_last_flush_fails_tells", &[]) {

@@ -296,7 +296,14 @@ impl fmt::Display for Uri {
                 f.write_str("nbd+unix:///")?;
                 write_name(f, &self.export)?;
                 f.write_str("?socket=")?;
-                encode(f, socket.as_os_str().as_bytes(), b"/")
+                match socket.as_os_str().as_bytes() {
+                    // The abstract namespace, as people write it.
+                    [0, name @ ..] => {
+                        f.write_char('@')?;
+                        encode(f, name, b"/")
+                    }
+                    path => encode(f, path, b"/"),
+                }
             }
         }
     }

@@ -29,7 +29,7 @@ fn written_and_read_back() {
         (&b"/run/nbd.sock"[..], "", "nbd+unix:///?socket=/run/nbd.sock"),
         (b"/tmp/a b&c", "d", "nbd+unix:///d?socket=/tmp/a%20b%26c"),
         (b"/tmp/\xff+", "//", "nbd+unix:///%2F%2F?socket=/tmp/%FF%2B"),
-        (b"\0/abstract", "", "nbd+unix:///?socket=%00/abstract"),
+        (b"\0/abstract", "", "nbd+unix:///?socket=@/abstract"),
     ] {
         let uri = unix(socket, name);
         assert_eq!(uri.to_string(), text);
