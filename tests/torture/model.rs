@@ -121,6 +121,22 @@ impl Model {
         sent
     }
 
+    /// Frees some space of the disk, and writes one block in each 64 KiB of it: changes of the image's tables that are
+    /// answered and not flushed.
+    pub(crate) fn allocate(&mut self, client: &mut Client, random: &mut Random) {
+        let part = (64 << 10) / BLOCK;
+        let first = random.index(BLOCKS / part - 4) * part;
+        let (offset, len) = ((first * BLOCK) as u64, (4 * part * BLOCK) as u64);
+        assert_eq!(client.call(Command::WriteZeroes, NO_FLAGS, offset, len).error, None);
+        self.blocks[first..first + 4 * part].fill(vec![0]);
+        for block in (first..).step_by(part).take(4).map(|block| block + random.index(part)) {
+            let stamp = self.next;
+            self.next += 1;
+            client.write((block * BLOCK) as u64, &content(block, stamp));
+            self.blocks[block] = vec![stamp];
+        }
+    }
+
     /// Forgets the requests whose server is gone: each may have been carried out, or not, or in part.
     pub(crate) fn lose_sight(&mut self) {
         self.in_flight.clear();

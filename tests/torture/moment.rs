@@ -46,6 +46,7 @@ impl World {
         for _ in 0..3 {
             self.model.load(&mut client, &mut self.random, |_| false);
         }
+        self.model.allocate(&mut client, &mut self.random);
         (server, client)
     }
 
@@ -126,7 +127,7 @@ fn kill_at_each(amid: Amid, kind: Kind, seed: u64) {
             return;
         };
         let (mut events, mut late) = (0, 0);
-        // Once is no proof: the random requests may have ended with a flush.
+        // Once is no proof: a commit comes every five seconds, too.
         while late < 3 {
             let killed = match amid {
                 Amid::Commit => world.kill_in_commit(events),
@@ -145,7 +146,7 @@ fn kill_at_each(amid: Amid, kind: Kind, seed: u64) {
         world.disk.finish(&mut world.model);
         rounds += 1;
     }
-    println!("torture: {amid:?} {}: {kills} kills, 0 losses", kind.name());
+    println!("torture: kill in {amid:?} {}: {kills} kills, 0 losses", kind.name());
 }
 
 macro_rules! moments {
