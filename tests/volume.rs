@@ -12,6 +12,8 @@ mod crash;
 mod ends;
 #[path = "volume/hostile.rs"]
 mod hostile;
+#[path = "containers/http.rs"]
+mod http;
 #[path = "volume/life.rs"]
 mod life;
 #[path = "volume/pools.rs"]

@@ -8,9 +8,11 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
+use crate::http;
 use crate::support::mount::run;
-use crate::support::{PROGRAM, Server, eventually};
+use crate::support::{PROGRAM, Server, eventually, net, text};
 use crate::world::{World, skip};
 
 fn record(world: &World, name: &str) -> serde_json::Value {
@@ -39,27 +41,45 @@ fn a_runtime_folder_behind_a_link() {
     assert!(!mounts.contains(world.folder.path().to_str().unwrap()), "{mounts}");
 }
 
+/// A disk that another server has, which can be exchanged for one with faults.
+struct Remote {
+    disk: PathBuf,
+    socket: PathBuf,
+}
+
+impl Remote {
+    pub(crate) fn new(world: &World) -> Remote {
+        let (disk, socket) = (world.join("remote.img"), world.join("remote.sock"));
+        File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+        Remote { disk, socket }
+    }
+
+    pub(crate) fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", text(&self.socket))
+    }
+
+    pub(crate) fn serve(&self, more: &[&str]) -> Server {
+        let words = [text(&self.disk), "-f", "raw", "-k", text(&self.socket)];
+        Server::start(&mut net(&[&words[..], more].concat()), 1)
+    }
+}
+
 #[test]
 fn an_unmount_whose_last_flush_fails_tells() {
     if skip("an_unmount_whose_last_flush_fails_tells", &[]) {
         return;
     }
     let world = World::new();
-    let (disk, socket) = (world.join("remote.img"), world.join("remote.sock"));
-    File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    let words = ["-f", "raw", "-k", socket.to_str().unwrap()];
-    let server =
-        Server::start(&mut crate::support::net(&[&[disk.to_str().unwrap()], &words[..]].concat()), 1);
-    world.ok(&format!("create a -o source=nbd+unix:///?socket={} -o door=fuse", socket.display()));
+    let remote = Remote::new(&world);
+    let server = remote.serve(&[]);
+    world.ok(&format!("create a -o source={} -o door=fuse", remote.uri()));
     let point = world.mount("a");
     fs::write(point.join("kept"), "durable").unwrap();
     File::open(&point).unwrap().sync_all().unwrap();
     run("sync", &[&"-f", &point]);
     // From now on no flush succeeds.
     server.stop();
-    let fault = ["--fault", "op=flush,errno=EIO,error-every=1"];
-    let all = [&[disk.to_str().unwrap()], &words[..], &fault].concat();
-    let server = Server::start(&mut crate::support::net(&all), 1);
+    let server = remote.serve(&["--fault", "op=flush,errno=EIO,error-every=1"]);
     fs::write(point.join("lost"), "perhaps").unwrap();
     let line = world.fails("umount a", 1);
     assert!(line.contains("volume `a`") && line.contains("last flush failed"), "{line}");
@@ -67,11 +87,60 @@ fn an_unmount_whose_last_flush_fails_tells() {
     world.assert_idle();
     // Its own last flush fails, too.
     drop(server);
-    let server =
-        Server::start(&mut crate::support::net(&[&[disk.to_str().unwrap()], &words[..]].concat()), 1);
+    let server = remote.serve(&[]);
     assert_eq!(fs::read(world.mount("a").join("kept")).unwrap(), b"durable");
     world.ok("umount a");
     assert_eq!(record(&world, "a")["unclean"], false);
+    server.stop();
+}
+
+/// A container engine is told, too: by the answer to its call.
+#[test]
+fn a_plugins_unmount_whose_last_flush_fails_tells() {
+    if skip("a_plugins_unmount_whose_last_flush_fails_tells", &[]) {
+        return;
+    }
+    let world = World::new();
+    let remote = Remote::new(&world);
+    let server = remote.serve(&[]);
+    let (pool, socket) = (world.join("pool"), world.join("plugin.sock"));
+    let words = ["volumed", "--pool", text(&pool), "--docker-socket", text(&socket)];
+    let mut daemon = Server::start(&mut world.command(&words), 1);
+    let call = |call: &str, body: serde_json::Value| {
+        http::call(&socket, &format!("VolumeDriver.{call}"), body.to_string().as_bytes())
+    };
+    let done = |name: &str, body: serde_json::Value| {
+        let (status, answer) = call(name, body);
+        assert_eq!((status, &answer["Err"]), (200, &"".into()), "{name}: {answer}");
+        answer
+    };
+    let holder = json!({ "Name": "a", "ID": "one" });
+    done("Create", json!({ "Name": "a", "Opts": { "source": remote.uri(), "door": "fuse" } }));
+    let mounted = done("Mount", holder.clone());
+    let point = PathBuf::from(mounted["Mountpoint"].as_str().unwrap());
+    fs::write(point.join("kept"), "durable").unwrap();
+    run("sync", &[&"-f", &point]);
+    server.stop();
+    let server = remote.serve(&["--fault", "op=flush,errno=EIO,error-every=1"]);
+    fs::write(point.join("lost"), "perhaps").unwrap();
+    let (status, answer) = call("Unmount", holder.clone());
+    let line = answer["Err"].as_str().unwrap();
+    assert_eq!(status, 500, "{line}");
+    assert!(line.contains("volume `a`") && line.contains("last flush failed"), "{line}");
+    assert_eq!(record(&world, "a")["unclean"], true, "it is checked before it is mounted next");
+    world.assert_idle();
+    // Told once; the volume has ended.
+    done("Unmount", holder.clone());
+    assert_eq!(record(&world, "a")["unclean"], true);
+    drop(server);
+    let server = remote.serve(&[]);
+    done("Mount", holder.clone());
+    assert_eq!(fs::read(point.join("kept")).unwrap(), b"durable");
+    done("Unmount", holder);
+    assert_eq!(record(&world, "a")["unclean"], false);
+    done("Remove", json!({ "Name": "a" }));
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.wait(Duration::from_secs(40)).expect("it ends").code(), Some(0));
     server.stop();
 }
 
