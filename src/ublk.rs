@@ -79,3 +79,39 @@ pub(crate) fn left(id: u32) -> Result<state::Record> {
     wait::check_left(id)?;
     state::remembered(id)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use crate::cli::{Action, parse};
+
+    #[test]
+    fn whole_blocks_above_a_page_are_for_another_door() {
+        for (block, shown) in [("512", true), ("4096", true), ("8192", false), ("65536", false)] {
+            let folder = tempfile::tempdir().unwrap();
+            let socket = folder.path().join("sock");
+            let mut server = Command::new("nbdkit");
+            server.args(["-f", "--filter=blocksize-policy", "memory", "1M", "-U"]).arg(&socket);
+            server.args([format!("blocksize-minimum={block}").as_str(), "blocksize-preferred=64K"]);
+            server.args(["blocksize-maximum=32M", "blocksize-error-policy=error"]).stdin(Stdio::null());
+            let Ok(mut server) = server.spawn() else {
+                eprintln!("SKIP: whole_blocks_above_a_page_are_for_another_door: no nbdkit here");
+                return;
+            };
+            for _ in 0..1000 {
+                if socket.exists() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            let uri = format!("nbd+unix:///?socket={}", socket.display());
+            let words = ["nbdbridge", "attach", &uri].map(std::ffi::OsString::from);
+            let Ok(Action::Attach(action)) = parse(words) else { panic!("{block}") };
+            let can = super::can_show(&action.by_loop);
+            server.kill().unwrap();
+            server.wait().unwrap();
+            assert_eq!(can, shown, "{block}");
+        }
+    }
+}

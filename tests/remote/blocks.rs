@@ -112,10 +112,17 @@ fn a_file_and_a_device_of_any_unit_over_blocks() {
         mount.stop();
         drop(mount);
 
-        let (folder, peer) = (tempfile::tempdir().unwrap(), strict(block));
-        let mut command = nbdbridge(folder.path(), &["attach", "--foreground", "--door", "fuse"]);
-        let device = Mount::start(folder, command.arg(peer.uri()), 1);
-        any_place(&device.path, 512, true, block);
+        for door in ["fuse", "auto"] {
+            let (folder, peer) = (tempfile::tempdir().unwrap(), strict(block));
+            let mut command = nbdbridge(folder.path(), &["attach", "--foreground", "--door", door]);
+            let device = Mount::start(folder, command.arg(peer.uri()), 1);
+            // Blocks of more than a page are for FUSE and a loop device, also where there is ublk.
+            assert!(block <= 4096 || device.path.to_string_lossy().starts_with("/dev/loop"), "{block}");
+            // By ublk, a device's own blocks.
+            let unit =
+                if device.path.to_string_lossy().starts_with("/dev/loop") { 512 } else { block.max(512) };
+            any_place(&device.path, unit, true, block);
+        }
     }
 }
 
