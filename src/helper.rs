@@ -35,6 +35,9 @@ pub(crate) const COMMAND: &str = "helper-process";
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 10;
 
+/// Between two looks whether the caller gives up.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
 /// A helper that has closed its output, or was killed, ends within this time.
 const LAST_MOMENT: Duration = Duration::from_millis(200);
 
@@ -57,13 +60,22 @@ pub(crate) enum Task<'a> {
     LoopSize { device: &'a Path, file: &'a Path },
     /// Answers a line that says who uses a block device, or nothing.
     Uses(&'a Path),
+    /// Reads a part of a file or a block device, of at most [`MAX_PART`] bytes; answers the bytes.
+    Read { file: &'a Path, offset: u64, len: usize },
+    /// Mounts a device on a folder: the one that has this device and inode number.
+    Mount { device: &'a Path, folder: &'a Path, identity: (u64, u64), fs: &'a str, flags: u32, data: &'a str },
 }
+
+/// The most bytes that [`Task::Read`] reads.
+pub(crate) const MAX_PART: usize = 32 << 10;
 
 /// The reason why a helper has no result.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The helper did not answer within this time.
     Silent(Duration),
+    /// Nobody wants to wait for the helper any longer.
+    GivenUp,
     /// The system call failed with this number, where there is one.
     Refused(Option<Errno>, String),
     /// There is no helper: the operating system does not start one.
@@ -74,6 +86,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Silent(limit) => write!(f, "no answer within {limit:?}"),
+            Failure::GivenUp => f.write_str("no answer"),
             Failure::Refused(_, line) => f.write_str(line),
             Failure::NotStarted(error) => write!(f, "cannot start a helper process: {error}"),
         }
@@ -106,9 +119,21 @@ impl Running {
 /// # Errors
 /// [`Failure`].
 pub(crate) fn run(task: &Task<'_>, limit: Duration) -> Result<Vec<u8>, Failure> {
+    run_unless(task, limit, &|| false)
+}
+
+/// As [`run`], but gives up as soon as `gives_up` says so, which is asked several times a second.
+///
+/// # Errors
+/// [`Failure`].
+pub(crate) fn run_unless(
+    task: &Task<'_>,
+    limit: Duration,
+    gives_up: &dyn Fn() -> bool,
+) -> Result<Vec<u8>, Failure> {
     let (child, decision, answer) = start(task).map_err(Failure::NotStarted)?;
     drop(decision);
-    receive(child, &answer, limit).map(|(_, result)| result)
+    receive(child, &answer, limit, gives_up).map(|(_, result)| result)
 }
 
 /// As [`run`], for a task that waits for a decision after its answer.
@@ -117,7 +142,7 @@ pub(crate) fn run(task: &Task<'_>, limit: Duration) -> Result<Vec<u8>, Failure> 
 /// [`Failure`].
 pub(crate) fn run_undecided(task: &Task<'_>, limit: Duration) -> Result<(Running, PathBuf), Failure> {
     let (child, decision, answer) = start(task).map_err(Failure::NotStarted)?;
-    let (child, result) = receive(child, &answer, limit)?;
+    let (child, result) = receive(child, &answer, limit, &|| false)?;
     Ok((Running { child, decision }, PathBuf::from(OsString::from_vec(result))))
 }
 
@@ -130,7 +155,7 @@ pub(crate) async fn run_apart(task: Task<'_>, limit: Duration) -> Result<Vec<u8>
     let waited = tokio::task::spawn_blocking(move || {
         let (child, decision, answer) = start_words(&words).map_err(Failure::NotStarted)?;
         drop(decision);
-        receive(child, &answer, limit).map(|(_, result)| result)
+        receive(child, &answer, limit, &|| false).map(|(_, result)| result)
     });
     waited.await.unwrap_or_else(|error| Err(Failure::NotStarted(io::Error::other(error))))
 }
@@ -156,7 +181,12 @@ fn start_words(words: &[OsString]) -> io::Result<(Child, PipeWriter, PipeReader)
 }
 
 /// Reads one answer: a length in ten digits, and so many bytes.
-fn receive(child: Child, answer: &PipeReader, limit: Duration) -> Result<(Child, Vec<u8>), Failure> {
+fn receive(
+    child: Child,
+    answer: &PipeReader,
+    limit: Duration,
+    gives_up: &dyn Fn() -> bool,
+) -> Result<(Child, Vec<u8>), Failure> {
     let until = Instant::now() + limit;
     let mut bytes = Vec::new();
     loop {
@@ -170,8 +200,13 @@ fn receive(child: Child, answer: &PipeReader, limit: Duration) -> Result<(Child,
                 }
             };
         }
-        match readable(answer, until) {
+        match readable(answer, until.min(Instant::now() + LOOK_AGAIN)) {
             Ok(true) => {}
+            Ok(false) if gives_up() => {
+                finish(child, Duration::ZERO);
+                return Err(Failure::GivenUp);
+            }
+            Ok(false) if Instant::now() < until => continue,
             Ok(false) => {
                 finish(child, Duration::ZERO);
                 return Err(Failure::Silent(limit));
@@ -296,8 +331,11 @@ mod tests {
         let (answer, _kept) = io::pipe().unwrap();
         let child = Command::new("sleep").arg("60").spawn().unwrap();
         let id = child.id();
-        let failure = receive(child, &answer, Duration::from_millis(50)).unwrap_err();
+        let failure = receive(child, &answer, Duration::from_millis(50), &|| false).unwrap_err();
         assert!(matches!(failure, Failure::Silent(_)), "{failure}");
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let failure = receive(child, &answer, Duration::from_secs(600), &|| true).unwrap_err();
+        assert!(matches!(failure, Failure::GivenUp), "{failure}");
         assert!(begun.elapsed() < Duration::from_secs(30));
         let state = || std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
         while state().contains(") S ") {

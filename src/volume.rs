@@ -16,6 +16,7 @@
 //! - Functions here block, and are called from threads that may.
 
 mod allowed;
+mod bounded;
 mod capture;
 mod clone;
 pub(crate) mod command;

@@ -22,6 +22,8 @@ mod pools;
 mod refusals;
 #[path = "volume/remote.rs"]
 mod remote;
+#[path = "volume/stopped.rs"]
+mod stopped;
 #[path = "volume/units.rs"]
 mod units;
 #[path = "volume/world.rs"]

@@ -31,12 +31,12 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// All mounts that this process sees; later ones cover earlier ones at the same place.
+    /// All mounts that this thread sees, which may have mounts of its own; later ones cover earlier ones at the same place.
     ///
     /// # Errors
     /// That of reading /proc.
     pub(crate) fn all() -> io::Result<Vec<Mounted>> {
-        Mounted::seen_by(Path::new("/proc/self"))
+        Mounted::seen_by(Path::new("/proc/thread-self"))
     }
 
     /// All mounts that the process of this folder in /proc sees.

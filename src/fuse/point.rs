@@ -176,7 +176,7 @@ pub(crate) enum Answer {
 pub(crate) fn ask(path: &Path) -> Answer {
     match helper::run(&Task::Stat(path), ANSWER_LIMIT) {
         Err(Failure::Refused(Some(Errno::NOTCONN | Errno::CONNABORTED), _)) => Answer::Dead,
-        Err(Failure::Silent(_)) => Answer::Silent,
+        Err(Failure::Silent(_) | Failure::GivenUp) => Answer::Silent,
         Ok(_) | Err(Failure::Refused(..) | Failure::NotStarted(_)) => Answer::Lives,
     }
 }

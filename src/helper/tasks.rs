@@ -1,17 +1,20 @@
 //! The helper process: one task from its command line, the system calls for it, and one answer.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mount::MountFlags;
 
-use super::{Task, framed};
+use super::{MAX_PART, Task, framed};
 use crate::attach::{self, LoopDevice};
 use crate::fuse::{self, Mounted, Unmounted};
 
@@ -19,6 +22,15 @@ impl<'a> Task<'a> {
     /// The words of the command line that mean this task.
     pub(super) fn words(&self) -> Vec<OsString> {
         let yes = |flag: bool| OsStr::new(if flag { "yes" } else { "no" });
+        let numbers = |numbers: &[u64]| numbers.iter().map(|number| number.to_string().into()).collect();
+        // Behind the other words.
+        let more: Vec<OsString> = match self {
+            Task::Read { offset, len, .. } => numbers(&[*offset, *len as u64]),
+            Task::Mount { identity: (device, inode), flags, .. } => {
+                numbers(&[*device, *inode, u64::from(*flags)])
+            }
+            _ => Vec::new(),
+        };
         let words: Vec<&OsStr> = match self {
             Task::Stat(path) => vec!["stat".as_ref(), path.as_os_str()],
             Task::Open(path) => vec!["open".as_ref(), path.as_os_str()],
@@ -36,13 +48,18 @@ impl<'a> Task<'a> {
                 vec!["loop-size".as_ref(), device.as_os_str(), file.as_os_str()]
             }
             Task::Uses(device) => vec!["uses".as_ref(), device.as_os_str()],
+            Task::Read { file, .. } => vec!["read".as_ref(), file.as_os_str()],
+            Task::Mount { device, folder, fs, data, .. } => {
+                vec!["mount".as_ref(), device.as_os_str(), folder.as_os_str(), fs.as_ref(), data.as_ref()]
+            }
         };
-        words.into_iter().map(OsStr::to_owned).collect()
+        words.into_iter().map(OsStr::to_owned).chain(more).collect()
     }
 
     /// The task that these words mean.
     fn parse(words: &'a [OsString]) -> Option<Self> {
         let flag = |word: &OsString| word == "yes";
+        let number = |word: &OsString| word.to_str()?.parse::<u64>().ok();
         let task = match words {
             [task, path] if task == "stat" => Task::Stat(Path::new(path)),
             [task, path] if task == "open" => Task::Open(Path::new(path)),
@@ -59,6 +76,20 @@ impl<'a> Task<'a> {
             }
             [task, device, file] if task == "loop-size" => {
                 Task::LoopSize { device: Path::new(device), file: Path::new(file) }
+            }
+            [task, file, offset, len] if task == "read" => {
+                let (offset, len) = (number(offset)?, usize::try_from(number(len)?).ok()?);
+                Task::Read { file: Path::new(file), offset, len }
+            }
+            [task, device, folder, fs, data, number_of_device, inode, flags] if task == "mount" => {
+                Task::Mount {
+                    device: Path::new(device),
+                    folder: Path::new(folder),
+                    identity: (number(number_of_device)?, number(inode)?),
+                    fs: fs.to_str()?,
+                    flags: u32::try_from(number(flags)?).ok()?,
+                    data: data.to_str()?,
+                }
             }
             _ => return None,
         };
@@ -139,7 +170,34 @@ fn perform(task: &Task<'_>, undecided: &mut Option<LoopDevice>) -> Result<Vec<u8
             Ok(Vec::new())
         }
         Task::Uses(device) => Ok(attach::uses(device).unwrap_or_default().into_bytes()),
+        Task::Read { file, offset, len } => {
+            let mut bytes = vec![0; (*len).min(MAX_PART)];
+            open(file)?.read_exact_at(&mut bytes, *offset)?;
+            Ok(bytes)
+        }
+        Task::Mount { device, folder, identity, fs, flags, data } => {
+            mount(device, folder, *identity, fs, MountFlags::from_bits_retain(*flags), data)?;
+            Ok(Vec::new())
+        }
     }
+}
+
+/// Mounts on the folder that the caller has looked at, whatever its name leads to by now.
+fn mount(
+    device: &Path,
+    folder: &Path,
+    identity: (u64, u64),
+    fs: &str,
+    flags: MountFlags,
+    data: &str,
+) -> Result<()> {
+    let how = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = File::from(rustix::fs::open(folder, how, Mode::empty())?);
+    let found = folder.metadata()?;
+    ensure!((found.dev(), found.ino()) == identity, "the mount point is another folder by now");
+    let point = format!("/proc/self/fd/{}", folder.as_raw_fd());
+    let data = CString::new(data).context("mount options")?;
+    Ok(rustix::mount::mount(device, point, fs, flags, Some(data.as_c_str()))?)
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -179,6 +237,8 @@ mod tests {
             Task::LoopDetach { device, file },
             Task::LoopSize { device, file },
             Task::Uses(device),
+            Task::Read { file, offset: 1 << 40, len: 512 },
+            Task::Mount { device, folder: file, identity: (1, 2), fs: "ext4", flags: 6, data: "" },
         ] {
             let words = task.words();
             assert_eq!(Task::parse(&words).as_ref(), Some(&task));
@@ -196,6 +256,17 @@ mod tests {
         run(Task::Flush(&path)).unwrap();
         run(Task::Flush(folder.path())).unwrap();
         run(Task::Stat(&path)).unwrap();
+        assert_eq!(run(Task::Read { file: &path, offset: 1, len: 2 }).unwrap(), b"ou");
+        assert!(run(Task::Read { file: &path, offset: 1, len: 4 }).is_err(), "it is shorter");
+        let other = Task::Mount {
+            device: &path,
+            folder: folder.path(),
+            identity: (0, 0),
+            fs: "ext4",
+            flags: 0,
+            data: "",
+        };
+        assert!(run(other).unwrap_err().to_string().contains("another folder"));
         let error = run(Task::Stat(&folder.path().join("none"))).unwrap_err();
         assert_eq!(error.chain().find_map(errno_of), Some(libc::ENOENT));
         assert!(run(Task::Open(folder.path())).is_err());

@@ -14,9 +14,10 @@ use anyhow::Context;
 
 use super::copy::{self, How};
 use super::freeze::Frozen;
-use super::{Error, Pool, Progress, Result, Volume};
+use super::{Error, Pool, Progress, Result, Volume, bounded};
 use crate::beneath::{Entry, Folder};
 use crate::fuse::Mounted;
+use crate::helper::Task;
 
 /// For so long writers are held up where nobody says otherwise.
 pub(crate) const FREEZE_LIMIT: Duration = Duration::from_secs(30);
@@ -111,7 +112,8 @@ pub(super) fn capture(
     let device = state.plane.filter(|plane| !plane.read_only).map(|plane| plane.device);
     let mounted = state.mounted.filter(|point| is_mounted(point));
     let mut frozen = match (&device, &mounted) {
-        (Some(_), Some(point)) => {
+        (Some(device), Some(point)) => {
+            bounded::check(device)?;
             progress.step("freezing the file system");
             Some(Frozen::freeze(point, limit)?)
         }
@@ -136,8 +138,7 @@ pub(super) fn capture(
 
 /// All that was written to a device, in its image.
 pub(super) fn flush(device: &Path) -> anyhow::Result<()> {
-    let flushed = File::open(device).and_then(|device| device.sync_all());
-    flushed.with_context(|| format!("{}: cannot flush it", device.display()))
+    Ok(bounded::done(device, &Task::Flush(device)).map(drop)?)
 }
 
 fn finish(filled: anyhow::Result<(File, How)>, to: Target<'_>, progress: &dyn Progress) -> Result<How> {

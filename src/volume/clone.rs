@@ -80,7 +80,8 @@ impl Volume<'_> {
             return Ok(());
         }
         // Only superblocks are written, in two steps: cut short, it is done again.
-        let output = run("btrfstune", "btrfs-progs", |command| command.args(["-f", "-m"]).arg(device))?;
+        let output =
+            run("btrfstune", "btrfs-progs", device, |command| command.args(["-f", "-m"]).arg(device))?;
         if !output.status.success() {
             return Err(anyhow!("volume `{}`: btrfstune: {}", self.name, said(&output)).into());
         }

@@ -9,7 +9,8 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, anyhow};
 
-use super::{Error, FsKind, Result, private};
+use super::{Error, FsKind, Result, bounded, private};
+use crate::helper::Task;
 
 /// Where root's programs are, besides $PATH.
 const PLACES: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
@@ -86,7 +87,7 @@ impl FsKind {
             _ => &["-q", "-f"],
         };
         // Names without a folder lead nowhere there.
-        let output = run(program, package, |command| {
+        let output = run(program, package, device, |command| {
             command.args(quiet).args(words).arg(device).current_dir("/proc/self/task")
         })?;
         if !output.status.success() {
@@ -113,7 +114,7 @@ impl FsKind {
             (FsKind::Btrfs, Check::Look) => ("btrfs", BTRFS, &["check", "--readonly"]),
             (FsKind::Btrfs, Check::Repair) => ("btrfs", BTRFS, &["check", "--repair", "--force"]),
         };
-        let output = run(program, package, |command| command.args(words).arg(device))?;
+        let output = run(program, package, device, |command| command.args(words).arg(device))?;
         sync(device)?;
         let code = output.status.code();
         match (self, code) {
@@ -160,10 +161,8 @@ pub(super) fn probe(device: &Path, size: u64) -> Result<Found> {
 }
 
 /// Makes durable what was written to a device.
-fn sync(device: &Path) -> Result<()> {
-    let synced = File::open(device).and_then(|disk| disk.sync_all());
-    synced.with_context(|| format!("{}: cannot flush it", device.display()))?;
-    Ok(())
+pub(super) fn sync(device: &Path) -> Result<()> {
+    bounded::done(device, &Task::Flush(device)).map(drop)
 }
 
 /// Sees to it that a program is here.
@@ -175,10 +174,14 @@ pub(super) fn find(program: &str, package: &str) -> Result<()> {
     if found { Ok(()) } else { Err(missing(program, package)) }
 }
 
-/// Runs a program of a package to its end.
+/// Runs a program of a package that works on a device, to its end.
+///
+/// # Errors
+/// It is missing, or cannot be started; the device's data plane is stopped.
 pub(super) fn run(
     program: &str,
     package: &str,
+    device: &Path,
     args: impl FnOnce(&mut Command) -> &mut Command,
 ) -> Result<Output> {
     let mut command = Command::new(program);
@@ -186,8 +189,11 @@ pub(super) fn run(
     command.env("PATH", search_path()).env("LC_ALL", "C").stdin(Stdio::null());
     args(&mut command);
     // Those of btrfs look at the files of all loop devices that are mounted, and fail where one has a dead server.
-    let output = if package == BTRFS { private::apart(|| command.output())? } else { command.output() };
-    match output {
+    let output = match package {
+        BTRFS => private::apart(device, || bounded::output(device, &mut command))?,
+        _ => bounded::output(device, &mut command),
+    };
+    match output? {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(missing(program, package)),
         other => Ok(other.with_context(|| format!("{program}: cannot be started"))?),
     }
@@ -257,7 +263,9 @@ mod tests {
         assert_eq!(said(&output), "a; b; c");
         let silent = Command::new("sh").args(["-c", "exit 3"]).output().unwrap();
         assert_eq!(said(&silent), "exit status: 3");
-        let error = run("mkfs.no-such", "no-such-progs", |command| command).unwrap_err().to_string();
+        let error = run("mkfs.no-such", "no-such-progs", Path::new("/dev/null"), |command| command)
+            .unwrap_err()
+            .to_string();
         assert_eq!(
             error,
             "there is no mkfs.no-such here; install its package: apt-get install no-such-progs"

@@ -44,11 +44,10 @@ impl FsKind {
     /// What the program says.
     pub(super) fn grow_mounted(self, device: &Path, point: &Path) -> Result<()> {
         match self {
-            FsKind::Btrfs => {
-                self.grow(&["filesystem".as_ref(), "resize".as_ref(), "max".as_ref(), point.as_os_str()])
-            }
-            FsKind::Xfs => self.grow(&[point.as_os_str()]),
-            FsKind::Ext4 | FsKind::None => self.grow(&[device.as_os_str()]),
+            FsKind::Btrfs => self
+                .grow(device, &["filesystem".as_ref(), "resize".as_ref(), "max".as_ref(), point.as_os_str()]),
+            FsKind::Xfs => self.grow(device, &[point.as_os_str()]),
+            FsKind::Ext4 | FsKind::None => self.grow(device, &[device.as_os_str()]),
         }
     }
 
@@ -59,7 +58,7 @@ impl FsKind {
     pub(super) fn grow_unmounted(self, device: &Path) -> Result<()> {
         // resize2fs insists on a check since the last mount.
         self.check(device, Check::Thorough)?;
-        let grown = self.grow(&[device.as_os_str()]);
+        let grown = self.grow(device, &[device.as_os_str()]);
         if grown.is_err() {
             // It may have come half way.
             self.check(device, Check::Thorough)?;
@@ -67,9 +66,9 @@ impl FsKind {
         grown
     }
 
-    fn grow(self, words: &[&OsStr]) -> Result<()> {
+    fn grow(self, device: &Path, words: &[&OsStr]) -> Result<()> {
         let Some((program, package)) = self.grower() else { return Ok(()) };
-        let output = run(program, package, |command| command.args(words))?;
+        let output = run(program, package, device, |command| command.args(words))?;
         if output.status.success() {
             return Ok(());
         }

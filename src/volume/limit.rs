@@ -4,7 +4,7 @@ use bridge::layer::ThrottleConfig;
 
 use super::filesystem::{Check, Verdict};
 use super::plane::Life;
-use super::{Error, FsKind, Name, Pool, Progress, Result, private};
+use super::{Error, FsKind, Name, Pool, Progress, Result, bounded, private};
 
 impl Pool {
     /// Changes the limits of a volume for good, and at once where it is in use. `change` has the keys of the options, in
@@ -14,6 +14,9 @@ impl Pool {
     /// One line.
     pub(crate) fn limit(&self, name: &Name, change: Option<&str>) -> Result<ThrottleConfig> {
         let mut volume = self.volume(name)?;
+        if let Some(plane) = &volume.state()?.plane {
+            bounded::check(&plane.device)?;
+        }
         let before = volume.record.limits;
         volume.record.limits = match change {
             None => ThrottleConfig::default(),

@@ -17,10 +17,10 @@ use super::filesystem::{Check, Verdict};
 use super::plane::{self, Life, Plane};
 use super::private;
 use super::runtime::State;
-use super::{Error, FsKind, Name, Pool, Progress, Record, Result, Volume, holders};
+use super::{Error, FsKind, Name, Pool, Progress, Record, Result, Volume, bounded, holders};
 use crate::detach::Ended;
 use crate::fuse::{self, Mounted, Unmounted};
-use crate::helper::{self, Failure, Task};
+use crate::helper::{Failure, Task};
 use crate::patience::lasts;
 
 /// So long is waited for others to let go of a device: a container that starts has a copy of every mount at first.
@@ -28,9 +28,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// And so long to close files: a process that was killed takes a moment to, and so does a child between fork and exec.
 const FILES_PATIENCE: Duration = Duration::from_millis(500);
-
-/// Time to write what is dirty before it is unmounted.
-const FLUSH_LIMIT: Duration = Duration::from_secs(120);
 
 /// Of one device at one path, one above the other.
 const MOST_MOUNTS: usize = 100;
@@ -166,6 +163,7 @@ impl Volume<'_> {
     /// Where it is mounted already. What is left of a dead data plane is cleared away.
     fn still_up(&mut self, state: &mut State) -> Result<Option<PathBuf>> {
         let Some(plane) = &mut state.plane else { return Ok(None) };
+        bounded::check(&plane.device)?;
         if plane.life() == Life::Dead {
             tracing::warn!("volume `{}`: its data plane has died; starting another one", self.name);
             let holders = std::mem::take(&mut state.holders);
@@ -198,6 +196,7 @@ impl Volume<'_> {
             self.take_down(state, false)?;
         }
         if let Some(plane) = &state.plane {
+            bounded::check(&plane.device)?;
             return Ok(plane.device.clone());
         }
         let source = self.source()?;
@@ -226,6 +225,9 @@ impl Volume<'_> {
         // Only who was mounted and is unmounted whole is clean: what was not even looked at stays as unclean as it was. Who
         // unmounted it is not important.
         let mut clean = state.mounted.is_some() && state.plane.is_some() && !force;
+        if let Some(plane) = &state.plane {
+            bounded::check(&plane.device)?;
+        }
         let mut lost = None;
         if self.record.fs != FsKind::None {
             // It may be mounted, and that not be written down yet.
@@ -244,7 +246,7 @@ impl Volume<'_> {
                     )));
                 }
                 let dead = state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead);
-                match fuse::unmount(&path, force || dead)? {
+                match self.unmount(state, &path, force || dead)? {
                     Unmounted::Yes => {
                         clean &= !dead;
                         unmounted += 1;
@@ -309,20 +311,30 @@ impl Volume<'_> {
     /// # Errors
     /// One line: the data plane does not answer. Nothing has changed then.
     fn flush(&self, state: &State, path: &Path) -> Result<Option<String>> {
-        if state.plane.as_ref().is_none_or(|plane| plane.life() == Life::Dead) {
+        let Some(plane) = state.plane.as_ref().filter(|plane| plane.life() != Life::Dead) else {
             return Ok(None);
-        }
-        match helper::run(&Task::Flush(path), FLUSH_LIMIT) {
+        };
+        match bounded::run(&plane.device, &Task::Flush(path))? {
             Ok(_) | Err(Failure::NotStarted(_)) => Ok(None),
-            Err(Failure::Silent(limit)) => Err(Error::Other(anyhow!(
-                "volume `{}`: its data is not written within {limit:?}, and it stays mounted; is its data plane stopped?",
-                self.name
-            ))),
             Err(failure) => Ok(Some(format!(
                 "volume `{}`: is unmounted, but its last flush failed: {failure}; what was written since the last one \
                  may be lost",
                 self.name
             ))),
+        }
+    }
+
+    /// Unmounts what is mounted of the data plane's device at a path.
+    fn unmount(&self, state: &State, path: &Path, lazily: bool) -> Result<Unmounted> {
+        let mounted = Mounted::at(path).context("cannot learn what is mounted")?;
+        let (Some(plane), Some(mounted)) = (&state.plane, mounted.last()) else { return Ok(Unmounted::Yes) };
+        let task = Task::Unmount { file: path, number: &mounted.device, lazily };
+        match bounded::run(&plane.device, &task)? {
+            Ok(answer) if answer == b"busy" => Ok(Unmounted::Busy),
+            Ok(_) => Ok(Unmounted::Yes),
+            Err(failure) => {
+                Err(anyhow!("volume `{}`: {} cannot be unmounted: {failure}", self.name, path.display()))?
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! The mount itself: options as the kernel takes them, and why it refuses.
 
-use std::ffi::CString;
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
@@ -9,8 +9,9 @@ use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
 use super::space::Privilege;
-use super::{Error, FsKind, Pool, Result, Volume};
+use super::{Error, FsKind, Pool, Result, Volume, bounded};
 use crate::beneath::Folder;
+use crate::helper::{Failure, Task};
 use crate::size;
 
 /// A pool with less than that may be why a file system cannot be made or mounted.
@@ -31,10 +32,23 @@ impl Volume<'_> {
         }
         // The last option of its kind overrules those before it, and what the superblock says.
         data.extend(self.record.fs.on_error());
-        let data = CString::new(data.join(",")).context("mount options")?;
         let fs = self.record.fs.to_string();
-        let mounted = rustix::mount::mount(device, point.via(), fs.as_str(), flags, Some(data.as_c_str()));
-        mounted.map_err(|errno| self.explain(errno, &fs))
+        let found = point.handle().metadata().with_context(|| point.path().display().to_string())?;
+        let task = Task::Mount {
+            device,
+            folder: point.path(),
+            identity: (found.dev(), found.ino()),
+            fs: &fs,
+            flags: flags.bits(),
+            data: &data.join(","),
+        };
+        match bounded::run(device, &task)? {
+            Ok(_) => Ok(()),
+            Err(Failure::Refused(Some(errno), _)) => Err(self.explain(errno, &fs)),
+            Err(failure) => {
+                Err(Error::Other(anyhow!("volume `{}`: its {fs} cannot be mounted: {failure}", self.name)))
+            }
+        }
     }
 
     /// Checks the mount options that the volume was made with: they may have come with a copied folder, or from a version

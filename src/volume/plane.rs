@@ -2,14 +2,17 @@
 //! program's own `attach`, in a session (and under systemd in a scope) of its own, so that it outlives whoever started
 //! it, and is found again by what it serves.
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
+use super::bounded::{Patience, output_unless};
 use super::options::DiskFormat;
 use super::{DoorChoice, Name, Provision, Record};
 use crate::attach::{backing_file, describe_use, detach as detach_loop, in_use};
@@ -61,7 +64,7 @@ impl Plane {
     ) -> Result<Self> {
         let mut command = in_scope(name);
         command.args(words(record, pool, source, read_only)).current_dir("/").stdin(Stdio::null());
-        let said = launch(&mut command, name, "attached")?;
+        let said = launch(&mut command, name, "attached", Some(source))?;
         let device = said.lines().find(|line| line.starts_with("/dev/"));
         let device = device.with_context(|| format!("volume `{name}`: attach names no device"))?;
         Plane::of(PathBuf::from(device), read_only)
@@ -76,7 +79,7 @@ impl Plane {
         let id = id.with_context(|| format!("{}: cannot be recovered", self.device.display()))?;
         let mut command = in_scope(name);
         command.args(["ublk", "--fork", "--recover", id]).current_dir("/").stdin(Stdio::null());
-        launch(&mut command, name, "recovered")?;
+        launch(&mut command, name, "recovered", None)?;
         // It has a supervisor of its own.
         Plane::of(self.device.clone(), self.read_only)
     }
@@ -237,7 +240,7 @@ pub(super) fn sweep(source: &OsStr) {
 }
 
 /// Who serves the device of this path, and since when.
-fn server(device: &Path) -> Option<Server> {
+pub(super) fn server(device: &Path) -> Option<Server> {
     if let Some(name) = ublk_name(device) {
         return ublk::server(name);
     }
@@ -256,8 +259,14 @@ fn ublk_name(device: &Path) -> Option<&str> {
 
 /// Whether a process has been told to attach `source` for a volume.
 fn is_attaching(source: &OsString) -> bool {
+    !attaching(source).is_empty()
+}
+
+/// The processes that have been told to attach `source` for a volume.
+fn attaching(source: &OsString) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes.into_iter().any(|process| is_told_to_attach(process.path(), source))
+    let ours = processes.filter(|process| is_told_to_attach(process.path(), source));
+    ours.filter_map(|process| process.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// Whether the process, a folder of /proc, was started with [`words`] for `source`.
@@ -302,10 +311,29 @@ fn words(record: &Record, pool: &Path, source: &OsString, read_only: bool) -> Ve
     words
 }
 
-/// Starts a data plane, and gives what it said when it served.
-fn launch(command: &mut Command, name: &Name, what: &str) -> Result<String> {
-    let output =
-        command.output().with_context(|| format!("{:?}: cannot be started", command.get_program()))?;
+/// Starts a data plane, and gives what it said when it served. One of `source` that is stopped while it comes up is ended.
+fn launch(command: &mut Command, name: &Name, what: &str, source: Option<&OsString>) -> Result<String> {
+    let ended = Cell::new(None);
+    let stopped = || source.into_iter().flat_map(attaching).find(|pid| is_stopped(*pid));
+    let patience = Patience::new(|| stopped().is_some());
+    let look = || {
+        if patience.is_over()
+            && let Some(pid) = stopped()
+            && let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw)
+        {
+            // Whoever waits for it to serve clears away what it has made, and ends.
+            let _ = kill_process(process, Signal::KILL);
+            ended.set(Some(pid));
+        }
+        false
+    };
+    let output = output_unless(command, &look).unwrap_or_else(|| Err(std::io::Error::other("left alone")));
+    let output = output.with_context(|| format!("{:?}: cannot be started", command.get_program()))?;
+    if let Some(pid) = ended.get() {
+        bail!(
+            "volume `{name}`: cannot be {what}: process {pid} was stopped while it came up, and has been ended"
+        );
+    }
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing");

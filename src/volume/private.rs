@@ -8,12 +8,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
-use super::{Result, Volume};
+use super::{Result, Volume, bounded};
 use crate::attach::{backing_file, is_attachment};
 use crate::fuse::Mounted;
+use crate::helper::Task;
 
 /// So long is waited for others to close files that they never asked for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -27,7 +27,7 @@ pub(super) fn mounted(
     device: &Path,
     work: impl FnOnce(&Path) -> Result<()> + Send,
 ) -> Result<()> {
-    apart(|| {
+    apart(device, || {
         // Opened here: a descriptor from outside is of another namespace's mount.
         let folder = volume.pool.runtime().make_private_point()?;
         volume.mount_at(device, &folder, false)?;
@@ -35,20 +35,21 @@ pub(super) fn mounted(
         // An open folder below a mount does not keep it, and is of no more use.
         drop(folder);
         let worked = work(&point);
-        let unmounted = unmount_soon(&point);
-        unmounted.with_context(|| format!("{}: cannot unmount it", point.display()))?;
+        unmount_soon(device, &point)?;
         worked
     })?
 }
 
-/// Does something where no other volume of this host is mounted.
+/// Does something where no other volume of this host is mounted but that on `device`.
 ///
 /// # Errors
 /// One line: no mount namespace of its own.
-pub(super) fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+pub(super) fn apart<T: Send>(device: &Path, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
     let run = || {
         leave().context("no mount namespace of its own")?;
-        for mounted in Mounted::all().unwrap_or_default().iter().rev().filter(|mounted| is_volume(mounted)) {
+        let all = Mounted::all().unwrap_or_default();
+        let others = |mounted: &&Mounted| is_volume(mounted) && Path::new(&mounted.source) != device;
+        for mounted in all.iter().rev().filter(others) {
             // Where that fails, it stays for a moment.
             let _ = unmount(&mounted.point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         }
@@ -61,12 +62,17 @@ pub(super) fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> anyhow::Result<
 
 /// Unmounts, as soon as it can be done: between fork and exec, a child of another thread has all files open that we had
 /// open then.
-fn unmount_soon(point: &Path) -> rustix::io::Result<()> {
+fn unmount_soon(device: &Path, point: &Path) -> Result<()> {
     let until = Instant::now() + PATIENCE;
+    let mounted = Mounted::at(point).context("cannot learn what is mounted")?;
+    let number = mounted.last().map(|mounted| mounted.device.clone()).unwrap_or_default();
     loop {
-        match unmount(point, UnmountFlags::NOFOLLOW) {
-            Err(Errno::BUSY) if Instant::now() < until => std::thread::sleep(Duration::from_millis(2)),
-            other => return other,
+        // The helper process has the mounts of this thread.
+        let task = Task::Unmount { file: point, number: &number, lazily: false };
+        match bounded::done(device, &task)?.as_slice() {
+            b"busy" if Instant::now() < until => std::thread::sleep(Duration::from_millis(2)),
+            b"busy" => return Err(anyhow!("{}: cannot unmount it: is in use", point.display()).into()),
+            _ => return Ok(()),
         }
     }
 }

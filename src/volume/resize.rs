@@ -19,7 +19,9 @@ use serde::Serialize;
 use super::capture::flush;
 use super::options::DiskFormat;
 use super::plane::{Life, Plane};
-use super::{Error, FsKind, Name, Pending, Pool, Progress, Provision, Result, Volume, disk, private};
+use super::{
+    Error, FsKind, Name, Pending, Pool, Progress, Provision, Result, Volume, bounded, disk, private,
+};
 use crate::size::{NewSize, human};
 
 /// A device follows its image within this time.
@@ -65,6 +67,9 @@ impl Volume<'_> {
             return refuse(format!("{size} bytes are no multiple of 4096"));
         }
         self.record.fs.check_grower()?;
+        if let Some(plane) = &self.state()?.plane {
+            bounded::check(&plane.device)?;
+        }
         let mut fixed = Vec::new();
         if size > old_size {
             self.promise(size)?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::options::DiskFormat;
 use super::plane::{Life, Plane};
 use super::runtime::State;
-use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot};
+use super::{FsKind, Name, Options, Origin, Pool, Record, Result, Snapshot, bounded};
 use crate::beneath::Folder;
 use crate::os_text;
 
@@ -123,6 +123,11 @@ fn health(name: &Name, record: &Record, state: &State, mounted: Option<&Path>) -
         }
         (Some((_, Life::Recovers)), _) => {
             bad("its data plane has died, and another one is about to take over")
+        }
+        (Some((plane, Life::Serves)), _) if let Some(pid) = bounded::stopped(&plane.device) => {
+            Health::Bad(format!(
+                "its data plane, process {pid}, is stopped; let it go on (kill -CONT {pid}), or end it: kill -9 {pid}"
+            ))
         }
         (Some((plane, Life::Serves)), _) if state.mounted.is_some() && mounted.is_none() => {
             let used = plane.is_in_use().then(|| format!(", but is in use ({})", plane.describe_use()));

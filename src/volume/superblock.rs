@@ -2,13 +2,12 @@
 //! the check programs would look for that device on the whole host, and write to it. A volume is one device, so that a
 //! superblock which says so comes from somebody else.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::Context;
 
-use super::{Error, FsKind, Result, Volume};
+use super::{Error, FsKind, Result, Volume, bounded};
+use crate::helper::Task;
 
 /// Where the superblock of ext4 is, and its fields in it (fs/ext4/ext4.h).
 mod ext4 {
@@ -42,10 +41,10 @@ impl Volume<'_> {
             // Without an option that names it, the kernel refuses an xfs with a log elsewhere.
             FsKind::Xfs | FsKind::None => return Ok(()),
         };
-        let mut superblock = [0; LEN];
-        File::open(device)
-            .and_then(|file| file.read_exact_at(&mut superblock, at))
-            .with_context(|| format!("{}: cannot read its superblock", device.display()))?;
+        let read = bounded::run(device, &Task::Read { file: device, offset: at, len: LEN })?;
+        let superblock = read.ok().and_then(|bytes| <[u8; LEN]>::try_from(bytes).ok());
+        let superblock =
+            superblock.with_context(|| format!("{}: cannot read its superblock", device.display()))?;
         match other_device(self.record.fs, &superblock) {
             None => Ok(()),
             Some(what) => Err(Error::Refused(format!(

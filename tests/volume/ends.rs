@@ -42,7 +42,7 @@ fn a_runtime_folder_behind_a_link() {
 }
 
 /// A disk that another server has, which can be exchanged for one with faults.
-struct Remote {
+pub(crate) struct Remote {
     disk: PathBuf,
     socket: PathBuf,
 }
