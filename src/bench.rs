@@ -66,7 +66,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let report = Report { args, plan: &plan, export: &export, tally: &tally };
     let text = if args.json { report.json() } else { report.text() };
     if args.json {
-        crate::output::data(&text)?
+        crate::output::json(&text)?
     } else {
         crate::output::text(&text)?
     }

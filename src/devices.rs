@@ -56,7 +56,7 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             rows.extend(unknown(&all));
             rows.iter_mut().for_each(Row::ask);
             if args.json {
-                return output::data(&json_text(&rows)?);
+                return output::json(&json_text(&rows)?);
             }
             if rows.is_empty() {
                 output::note("nothing is attached");

@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use crate::cli::{InfoArgs, Source, UsageError};
 use crate::output;
+use local::Failed;
 use remote::Ask;
 
 /// Tells about a source. The status is that of a failure where it could not be served, and that is all there is to tell.
@@ -17,6 +18,7 @@ use remote::Ask;
 /// One line that says what kept us from it.
 pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
     let mut status = ExitCode::SUCCESS;
+    let mut failed = None;
     let text = match (&args.source, args.list, args.map) {
         (Source::Remote(source), list, map) => {
             let ask = match (list, map) {
@@ -24,7 +26,9 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
                 (false, true) => Ask::Map,
                 (false, false) => Ask::Export,
             };
-            remote::tell(&source.uri, &args.remote.options(source), ask, args.json)?
+            let told = remote::tell(&source.uri, &args.remote.options(source), ask, args.json)?;
+            failed = told.failed;
+            told.text
         }
         (source, true, _) => {
             let message = format!("--list asks a server, as in nbd://HOST, and {source} is none");
@@ -32,16 +36,21 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
         }
         _ => {
             let told = local::tell(args)?;
-            if !told.can_be_served {
-                status = ExitCode::FAILURE;
+            match told.failed {
+                None => {}
+                Some(Failed::Told) => status = ExitCode::FAILURE,
+                Some(Failed::Map(error)) => failed = Some(error),
             }
             told.text
         }
     };
     if args.json {
-        output::data(&text)?
+        output::json(&text)?
     } else {
         output::text(&text)?
     }
-    Ok(status)
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(status),
+    }
 }

@@ -3,7 +3,8 @@
 //! | exit | for | control characters |
 //! |---|---|---|
 //! | [`text`] | results for people | escaped |
-//! | [`data`] | JSON and other text for programs | as they are |
+//! | [`json`] | JSON | escaped as JSON has it |
+//! | [`data`] | other text for programs | as they are |
 //! | [`places`], [`result`] | where something is found that a command has made, for scripts | escaped on a terminal alone |
 //! | [`note`] | lines on stderr | escaped |
 //! | `log` | log lines on stderr | escaped |
@@ -33,6 +34,14 @@ const CANNOT: &str = "cannot write to standard output";
 /// Standard output's.
 pub(crate) fn text(text: &str) -> Result<()> {
     data(escape(text, |c| c == '\n'))
+}
+
+/// Writes JSON to stdout; a reader that has enough is no failure. Programs read what was there before it was escaped.
+///
+/// # Errors
+/// Standard output's.
+pub(crate) fn json(text: &str) -> Result<()> {
+    data(escape_json(text))
 }
 
 /// Writes text for programs to stdout, as it is; a reader that has enough is no failure.
@@ -107,10 +116,6 @@ pub(crate) fn plain(text: &str) -> String {
 /// Escapes control characters, line breaks among them, and those that change the direction of text, except where `keep`
 /// says so.
 fn escape(text: &str, keep: impl Fn(char) -> bool) -> String {
-    let acts = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         if acts(c) && !keep(c) {
@@ -120,6 +125,36 @@ fn escape(text: &str, keep: impl Fn(char) -> bool) -> String {
         }
     }
     escaped
+}
+
+/// Escapes in JSON what a terminal acts on. Such characters are within strings, but for the blanks between tokens.
+pub(crate) fn escape_json(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if acts(c) && c != '\n' {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                // Writing to a string does not fail.
+                let _ = std::fmt::Write::write_fmt(&mut escaped, format_args!("\\u{unit:04x}"));
+            }
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
+/// Returns true for control characters, and for characters that show nothing and change how text is shown.
+fn acts(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 #[cfg(test)]
@@ -134,5 +169,15 @@ mod tests {
         );
         assert_eq!(plain("Grüße, C:\\x {} \u{1f600}"), "Grüße, C:\\x {} \u{1f600}");
         assert_eq!(escape("a\x1bb\nc\n", |c| c == '\n'), "a\\u{1b}b\nc\n");
+    }
+
+    #[test]
+    fn json_stays_what_it_is() {
+        let text = "a\x1b\u{9b}31m\u{202e}\x7f\u{e0041}\n\t\"\\é\u{1f600}";
+        let document = serde_json::json!({ text: [text] });
+        let escaped = escape_json(&serde_json::to_string_pretty(&document).unwrap());
+        assert!(!escaped.chars().any(|c| acts(c) && c != '\n'), "{escaped}");
+        assert!(escaped.contains("\\u009b") && escaped.contains("\\udb40\\udc41") && escaped.contains('é'));
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&escaped).unwrap(), document);
     }
 }

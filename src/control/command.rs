@@ -258,7 +258,7 @@ fn complain(servers: &Servers) {
 }
 
 fn print_json(value: &impl Serialize) -> Result<()> {
-    output::data(&json_text(value)?)
+    output::json(&json_text(value)?)
 }
 
 /// JSON for programs, and for people who look at it.

@@ -43,7 +43,16 @@ struct Run {
 /// What there is to print.
 pub(super) struct Told {
     pub(super) text: String,
-    pub(super) can_be_served: bool,
+    /// What keeps it from being served, or from being told about in full; the text may say it as well.
+    pub(super) failed: Option<Failed>,
+}
+
+/// What the text lacks.
+pub(super) enum Failed {
+    /// It cannot be served, which the text says.
+    Told,
+    /// The rest of the map, for this reason.
+    Map(anyhow::Error),
 }
 
 /// Tells about a source.
@@ -64,14 +73,18 @@ pub(super) fn tell(args: &InfoArgs) -> Result<Told> {
         Err(error) if !args.map => facts.push(text("problem", format!("{error:#}"))),
         Err(_) => {}
     }
-    let can_be_served = opened.is_ok();
-    let map = match opened {
-        Ok(source) if args.map => Some(map_of(&*source)?),
+    let (map, failed) = match opened {
+        Ok(source) if args.map => {
+            let (runs, error) = map_of(&*source)?;
+            let error = error.map(|error| anyhow::Error::from(error).context(args.source.to_string()));
+            (Some(runs), error.map(Failed::Map))
+        }
+        Ok(_) => (None, None),
         Err(error) if args.map => return Err(error),
-        _ => None,
+        Err(_) => (None, Some(Failed::Told)),
     };
     let text = if args.json { json(&facts, map.as_deref()) } else { lines(&facts, map.as_deref()) };
-    Ok(Told { text, can_be_served })
+    Ok(Told { text, failed })
 }
 
 fn text(name: &'static str, value: impl Into<String>) -> Fact {
@@ -150,14 +163,18 @@ fn scheme_name(table: &Table) -> &'static str {
     }
 }
 
-/// Asks for the whole map, piece by piece.
-fn map_of(source: &dyn Backend) -> Result<Vec<Run>> {
+/// Asks for the whole map, piece by piece. If a part of it cannot be told, returns what lies before that part, and the reason.
+fn map_of(source: &dyn Backend) -> Result<(Vec<Run>, Option<bridge::Error>)> {
     assemble::apart(|| async {
         let end = source.geometry().size;
         let mut runs: Vec<Run> = Vec::new();
         let mut at = 0;
         while at < end {
-            for extent in source.block_status(at, end - at, Flags::NONE).await? {
+            let extents = match source.block_status(at, end - at, Flags::NONE).await {
+                Ok(extents) => extents,
+                Err(error) => return (runs, Some(error)),
+            };
+            for extent in extents {
                 match runs.last_mut() {
                     Some(run) if run.kind == extent.kind => run.len += extent.len,
                     _ => runs.push(Run { start: at, len: extent.len, kind: extent.kind }),
@@ -165,8 +182,8 @@ fn map_of(source: &dyn Backend) -> Result<Vec<Run>> {
                 at += extent.len;
             }
         }
-        Ok(runs)
-    })?
+        (runs, None)
+    })
 }
 
 fn kind_name(kind: ExtentKind) -> &'static str {

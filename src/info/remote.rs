@@ -22,15 +22,24 @@ pub(crate) enum Ask {
     Map,
 }
 
-/// Asks a server, and gives what is to be printed, with its last newline.
+/// What there is to print.
+pub(super) struct Told {
+    /// With its last newline.
+    pub(super) text: String,
+    /// What keeps the rest of a map from being told.
+    pub(super) failed: Option<anyhow::Error>,
+}
+
+/// Asks a server.
 ///
 /// # Errors
 /// One line that names the address.
-pub(crate) fn tell(uri: &Uri, options: &NbdOptions, ask: Ask, json: bool) -> Result<String> {
+pub(crate) fn tell(uri: &Uri, options: &NbdOptions, ask: Ask, json: bool) -> Result<Told> {
     let goal = match ask {
         Ask::Map => {
-            let parts = map(uri, options)?;
-            return Ok(if json { map_as_json(&parts) } else { map_as_text(&parts) });
+            let (parts, failed) = map(uri, options)?;
+            let text = if json { map_as_json(&parts) } else { map_as_text(&parts) };
+            return Ok(Told { text, failed });
         }
         Ask::Export => Goal::Info,
         Ask::List => Goal::List,
@@ -45,7 +54,8 @@ pub(crate) fn tell(uri: &Uri, options: &NbdOptions, ask: Ask, json: bool) -> Res
             }
         }
     }
-    Ok(if json { exports_as_json(&exports) } else { exports.iter().map(export_as_text).collect() })
+    let text = if json { exports_as_json(&exports) } else { exports.iter().map(export_as_text).collect() };
+    Ok(Told { text, failed: None })
 }
 
 fn export_as_text(listed: &Listed) -> String {
@@ -119,8 +129,8 @@ fn exports_as_json(exports: &[Listed]) -> String {
 /// A part of a map: offset, length, what it is.
 type Part = (u64, u64, ExtentKind);
 
-/// Walks over the whole export.
-fn map(uri: &Uri, options: &NbdOptions) -> Result<Vec<Part>> {
+/// Walks over the whole export. If a part of it cannot be told, returns what lies before that part, and the reason.
+fn map(uri: &Uri, options: &NbdOptions) -> Result<(Vec<Part>, Option<anyhow::Error>)> {
     let source = NbdBackend::open(uri, options)?;
     let size = source.geometry().size;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -130,8 +140,11 @@ fn map(uri: &Uri, options: &NbdOptions) -> Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     let mut at = 0;
     while at < size {
-        let found = runtime.block_on(source.block_status(at, size - at, Flags::NONE));
-        for extent in found.with_context(|| uri.to_string())? {
+        let found = match runtime.block_on(source.block_status(at, size - at, Flags::NONE)) {
+            Ok(found) => found,
+            Err(error) => return Ok((parts, Some(anyhow::Error::from(error).context(uri.to_string())))),
+        };
+        for extent in found {
             match parts.last_mut() {
                 Some(last) if last.2 == extent.kind => last.1 += extent.len,
                 _ => parts.push((at, extent.len, extent.kind)),
@@ -139,7 +152,7 @@ fn map(uri: &Uri, options: &NbdOptions) -> Result<Vec<Part>> {
             at += extent.len;
         }
     }
-    Ok(parts)
+    Ok((parts, None))
 }
 
 /// nbdinfo's number and words for each kind.

@@ -33,7 +33,7 @@ pub(crate) fn run(action: &VolumeAction) -> anyhow::Result<()> {
         pool.set_mount_root(folder).map_err(explain)?;
     }
     let text = act(&mut pool, action).map_err(explain)?;
-    if action.json { output::data(&text) } else { output::text(&text) }
+    if action.json { output::json(&text) } else { output::text(&text) }
 }
 
 fn act(pool: &mut Pool, action: &VolumeAction) -> Result<String> {
@@ -108,7 +108,8 @@ fn mount(pool: &Pool, name: &Name, bar: &Bar, json: bool) -> Result<String> {
     let was_held = pool.state(name)?.holders.contains_key(Volume::BY_HAND);
     let path = pool.mount(name, Volume::BY_HAND, bar)?;
     let printed = if json {
-        output::result(json_text(&json!({ "name": name, "path": OsText::from(&path) }))?)
+        let text = json_text(&json!({ "name": name, "path": OsText::from(&path) }))?;
+        output::result(output::escape_json(&text))
     } else {
         output::places(&[path.into()])
     };
