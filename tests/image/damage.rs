@@ -249,15 +249,92 @@ fn a_damaged_l1_entry_costs_its_own_table_alone() {
     let disk = Disk { path, cluster: 2 << 20 };
     let entry = disk.number(40) + 8;
     let good = disk.number(entry);
-    for bad in [good + 512, good | (1 << 58), good | 4, COPIED | (1 << 40)] {
+    let top = place.path("top.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", text(&top)]);
+    let (refcounts, l1) = (disk.number(48), disk.number(40));
+    for bad in [
+        good + 512,
+        good | (1 << 58),
+        good | 4,
+        COPIED | (1 << 40),
+        COPIED | refcounts,
+        COPIED | l1,
+        refcounts,
+    ] {
         disk.put(entry, bad);
-        let server = Server::serve(&[text(&disk.path), "-r"]);
-        let mut client = server.client(ReplyStyle::Structured);
-        for n in [0, 2, 3, 0] {
-            disk.assert_reads(&mut client, n, 7, &format!("{bad:#x}"));
-            assert_fails(&client.call(Nbd::Read, NO_FLAGS, (2 << 20) + 4096, 512), &format!("{bad:#x}"));
+        for args in [&[text(&disk.path), "-r"][..], &[text(&disk.path), "-s"], &[text(&top)]] {
+            let what = format!("{bad:#x}, {args:?}");
+            let server = Server::serve(args);
+            let mut client = server.client(ReplyStyle::Structured);
+            for n in [0, 2, 3, 0] {
+                disk.assert_reads(&mut client, n, 7, &what);
+                assert_fails(&client.call(Nbd::Read, NO_FLAGS, (2 << 20) + 4096, 512), &what);
+            }
+            assert!(server.log().contains("the image is corrupt"), "{what}: {}", server.log());
+            client.disconnect();
+            server.stop();
         }
-        client.disconnect();
-        server.stop();
+    }
+}
+
+/// An image file that was cut short: what is gone gives EIO, also where a table was that said what there is.
+#[test]
+fn what_a_cut_image_has_lost_is_an_error() {
+    need!("what_a_cut_image_has_lost_is_an_error", "qemu-img");
+    let place = Place::new();
+    let disk = Disk::new(&place, 4096);
+    let whole = fs::read(&disk.path).unwrap();
+    let (l1, table) = (disk.number(40), disk.entry(0));
+    let places: Vec<u64> = (0..CLUSTERS).map(|n| disk.number(disk.entry(n)) & !COPIED).collect();
+    let top = place.path("top.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", text(&top)]);
+    let cluster = disk.cluster as u64;
+    for cut in [l1, l1 + 4, table, table + 20, table + 8 * 20, table + 4096, places[9], places[9] + 1000] {
+        let cut_at = usize::try_from(cut).unwrap();
+        fs::write(&disk.path, &whole[..cut_at]).unwrap();
+        for args in [&[text(&disk.path), "-r"][..], &[text(&disk.path), "-s"], &[text(&top)]] {
+            let server = Server::serve(args);
+            let mut client = server.client(ReplyStyle::Structured);
+            for (n, at) in places.iter().enumerate() {
+                let what = format!("cut at {cut:#x}, {args:?}, cluster {n}");
+                let gone = cut < l1 + 8 || cut < table + 8 * n as u64 + 8 || cut <= *at;
+                let answer = client.call(Nbd::Read, NO_FLAGS, disk.offset(n), cluster);
+                if gone {
+                    assert_fails(&answer, &what);
+                    continue;
+                }
+                assert_eq!(answer.error, None, "{what}");
+                // As qemu has it, the last cluster may be there in part.
+                let kept = usize::try_from((cut - at).min(cluster)).unwrap();
+                assert!(answer.data[..kept].iter().all(|byte| *byte == Disk::byte(n)), "{what}");
+                assert!(answer.data[kept..].iter().all(|byte| *byte == 0), "{what}");
+            }
+            assert!(server.log().contains("the image is corrupt"), "{args:?}: {}", server.log());
+            client.disconnect();
+            server.stop();
+        }
+        if cut < table + 4096 {
+            assert!(support::refusal(&[text(&disk.path)]).contains("check -r all"));
+        }
+    }
+}
+
+#[test]
+fn a_map_is_told_up_to_a_damaged_entry() {
+    need!("a_map_is_told_up_to_a_damaged_entry", "qemu-img");
+    let place = Place::new();
+    let disk = Disk::new(&place, 65536);
+    disk.put(disk.entry(BAD), disk.number(disk.entry(BAD)) + 512);
+    let server = Server::serve(&[text(&disk.path), "-r"]);
+    for source in [text(&disk.path), &server.uri("")] {
+        let output = Command::new(support::PROGRAM).args(["info", "--map", source]).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stdout);
+        let end = disk.offset(BAD).to_string();
+        assert!(told.lines().any(|line| line.contains(&end) && line.contains("data")), "{source}: {told}");
+        assert_eq!(output.status.code(), Some(1), "{source}");
+        assert!(support::one_line(&output).contains(source), "{source}: {output:?}");
+        let output =
+            Command::new(support::PROGRAM).args(["info", "--map", "--json", source]).output().unwrap();
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nbd_proto::{Command, ReplyStyle};
 
@@ -142,4 +142,56 @@ fn tables_that_are_made() {
     if !lacks("tables_that_are_made", &["qemu-img"]) {
         run("qemu-img", &["check", "-q", "-f", "qcow2", text(&image)]);
     }
+}
+
+/// Makes an image with an L1 table of 16 MiB, most of which is a hole of its file.
+fn image_with_large_table(folder: &Path, name: &str, backing: &[&str]) -> PathBuf {
+    let image = folder.join(name);
+    let args = ["create", "-q", "-u", "-f", "qcow2", "-o", "cluster_size=4096"];
+    run("qemu-img", &[&args, backing, &[text(&image), "4T"]].concat());
+    image
+}
+
+#[test]
+fn tables_that_stay_loaded() {
+    if lacks("tables_that_stay_loaded", &["qemu-img"]) {
+        return;
+    }
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let one = image_with_large_table(folder.path(), "0", &[]);
+    let mut top = one.clone();
+    for n in 1..8 {
+        let below = (n - 1).to_string();
+        top = image_with_large_table(folder.path(), &n.to_string(), &["-b", &below, "-F", "qcow2"]);
+    }
+    let refused = |args: &[&str]| {
+        let told = Server::try_serve(&[args, &["-f", "qcow2", "--memory-budget", "128M"]].concat());
+        let told = told.err().expect("a server that holds more than its budget");
+        assert!(told.contains("--memory-budget") && told.lines().count() == 1, "{told}");
+    };
+    refused(&[text(&top), "-r"]);
+    refused(&[text(&top)]);
+    let exports: Vec<String> = (0..8).map(|n| format!("{n}={}", text(&one))).collect();
+    let exports: Vec<&str> = exports.iter().flat_map(|export| ["--export", export]).collect();
+    refused(&[&exports[..], &["-r"]].concat());
+
+    let server = Server::serve(&[text(&one), "-f", "qcow2", "--memory-budget", "128M"]);
+    server.assert_alive();
+    server.stop();
+    let server = Server::serve(&[text(&top), "-f", "qcow2", "--memory-budget", "1G"]);
+    server.assert_alive();
+    server.stop();
+
+    // What is known of the tables that it names takes more than the table itself.
+    let file = OpenOptions::new().read(true).write(true).open(&one).unwrap();
+    let mut l1 = [0; 8];
+    file.read_exact_at(&mut l1, 40).unwrap();
+    let named: Vec<u8> =
+        (0..2_u64 << 20).flat_map(|n| ((1 << 63) | ((8192 + n) * 4096)).to_be_bytes()).collect();
+    file.write_all_at(&named, u64::from_be_bytes(l1)).unwrap();
+    file.set_len((8192 + (2 << 20)) * 4096).unwrap();
+    refused(&[text(&one), "-r"]);
+    let server = Server::serve(&[text(&one), "-f", "qcow2", "-r", "--memory-budget", "512M"]);
+    server.assert_alive();
+    server.stop();
 }

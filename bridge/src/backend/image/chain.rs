@@ -11,9 +11,9 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 use super::header::{self, Header};
 use super::host::Host;
 use super::map::MAX_FILES;
-use super::memory::{ImageMemory, Tables};
+use super::memory::Tables;
 use super::names::{self, Policy};
-use super::places::Places;
+use super::places::{Places, reftable};
 use super::probe::{ImageFormat, probe};
 use super::recover::{Opened, Subject};
 use super::{ImageAccess, ImageOptions, Parts};
@@ -205,6 +205,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         Some(via) => alone(path, via, options)?,
         None => follow(path, options.format, &options.access, options.file.read_only)?,
     };
+    let tables = hold_tables(&layers, options)?;
     let mut files = Files { options, open: Vec::new(), data_descriptor: None, descriptors: Vec::new() };
     // From the top down, so that the image itself is locked first; then built from the bottom up.
     let mut hosts = Vec::new();
@@ -227,6 +228,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
     }
     let (top, data_file) = hosts[0].clone();
     let mut header = layers[0].header.clone().unwrap_or_default();
+    count_tables(&layers, &hosts, &tables);
     let journal = journals(&layers, &hosts, &files).await?;
     if journal.replayed {
         header = header::load(options.file.via.as_deref().unwrap_or(path))?;
@@ -238,14 +240,16 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
             error: source,
         })?;
         match places {
-            Ok(places) => top.guard(places),
+            Ok(places) => {
+                top.guard(places);
+                top.count_known(0).map_err(|line| unsupported(path, line))?;
+            }
             Err(fault) => {
                 let check = format!("`qemu-img check -r all {}` repairs it", path.display());
                 return Err(unsupported(path, format!("{fault}; {check}, or serve it with --read-only")));
             }
         }
     }
-    let tables = count_tables(&layers, &hosts, &options.access.memory);
     for (n, (layer, (host, _))) in layers.iter().zip(&hosts).enumerate() {
         if let Some(found) = &layer.header {
             // Of the image itself it may have changed.
@@ -294,15 +298,34 @@ fn clusters(layers: &[Layer]) -> impl Iterator<Item = u64> {
     layers.iter().filter_map(|layer| layer.header.as_ref().map(Header::cluster_size))
 }
 
-/// Has the tables counted that are cached for the layers: a lookup may load one of each.
-fn count_tables(layers: &[Layer], hosts: &[(Host, Option<Host>)], memory: &ImageMemory) -> Tables {
-    let tables = memory.image(clusters(layers).sum());
-    for (layer, (host, _)) in layers.iter().zip(hosts) {
+/// Counts the tables that stay loaded for the layers, before any is loaded.
+///
+/// # Errors
+/// One line for the first layer whose tables are too much.
+fn hold_tables(layers: &[Layer], options: &ImageOptions) -> Result<Tables> {
+    // A lookup may load one table of each layer.
+    let tables = options.access.memory.image(clusters(layers).sum());
+    for (n, layer) in layers.iter().enumerate() {
+        let Some(header) = &layer.header else { continue };
+        let written = n == 0 && !options.file.read_only;
+        let reftable = reftable(header);
+        let bytes =
+            u64::from(header.l1_entries) * 8 + if written { reftable.end - reftable.start } else { 0 };
+        tables.hold(bytes).map_err(|line| unsupported(&layer.path, line))?;
+    }
+    Ok(tables)
+}
+
+/// Has the tables counted that are cached for the layers.
+fn count_tables(layers: &[Layer], hosts: &[(Host, Option<Host>)], tables: &Tables) {
+    for (layer, (host, data)) in layers.iter().zip(hosts) {
         if let Some(header) = &layer.header {
+            for file in [host].into_iter().chain(data) {
+                file.set_cluster(header.cluster_size());
+            }
             host.count_tables(header.cluster_size(), tables.clone());
         }
     }
-    tables
 }
 
 /// Opens the journal of an image that is written, and brings in what dead processes have left in those of all images.
@@ -336,6 +359,9 @@ async fn build(
     files: &mut Files<'_>,
 ) -> Result<FormatAccess<Host>> {
     let failed = |error: std::io::Error| {
+        if error.kind() == std::io::ErrorKind::OutOfMemory {
+            return unsupported(&layer.path, error.to_string());
+        }
         let check = match layer.format {
             ImageFormat::Qcow2 => format!("; `qemu-img check {}` tells more", layer.path.display()),
             ImageFormat::Raw | ImageFormat::Vmdk => String::new(),

@@ -1,17 +1,12 @@
 //! What stands between a place that a table names and its use: is it within the file, is no structure there, and does
 //! none come there while it is written to.
 
-use imago::Storage;
-
 use super::damage::DAMAGED;
 use super::engine::{Engine, malformed};
 use super::host::Host;
 use crate::backend::file::length;
 use crate::ranges::{Mode, RangeLock};
 use crate::{Error, Result};
-
-/// The largest cluster that there is, in bytes.
-const MAX_CLUSTER: u64 = 2 << 20;
 
 /// How far past the end of the file a new cluster may lie, in bytes: others are on their way there.
 const MAX_AHEAD: u64 = 1 << 30;
@@ -30,7 +25,7 @@ impl Engine {
         // The last cluster may be there in part.
         let past_end = match storage.is_written() {
             true => end > self.seen_length.get() && end > self.look_at_length(),
-            false => end > storage.size().map_or(0, |size| size.next_multiple_of(MAX_CLUSTER)),
+            false => end > storage.end(),
         };
         if past_end || end > backend.geometry().size {
             storage.tell("it has data past the end of its file");

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::header::Header;
-use super::places::{L1_MASK, l1};
+use super::places::{L1_MASK, l1, structures};
 use crate::random::Random;
 
 /// Substitutes name places from here on, in bytes: no file is that long.
@@ -32,6 +32,10 @@ const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The place that an entry names.
 const OFFSET: u64 = L1_MASK;
 
+/// Bytes of memory for each L2 table in a set, and for each original, at most.
+const BYTES_OF_TABLE: u64 = 24;
+const BYTES_OF_ORIGINAL: u64 = 48;
+
 /// Bits of a substitute that number the originals. Tables with more of these than fit are refused as a whole.
 const NUMBER_BITS: u32 = 16;
 
@@ -41,7 +45,9 @@ pub(super) struct Damage {
     cluster_bits: u32,
     version: u32,
     external_data: bool,
-    /// Length of the file in bytes as it was opened. Tables and compressed clusters lie within it.
+    /// Length of the file in bytes as it was opened. Tables lie within it.
+    length: u64,
+    /// The end of the last cluster of the file in bytes. Compressed clusters lie within it.
     end: u64,
     tables: Mutex<Tables>,
 }
@@ -49,6 +55,8 @@ pub(super) struct Damage {
 #[derive(Debug)]
 struct Tables {
     l1: Range<u64>,
+    /// What the header names: no L2 table lies there.
+    structures: [Range<u64>; 3],
     /// Places of the L2 tables.
     l2: BTreeSet<u64>,
     originals: Vec<u64>,
@@ -64,9 +72,11 @@ impl Damage {
             cluster_bits: header.cluster_bits,
             version: header.version,
             external_data: header.external_data(),
-            end: end.next_multiple_of(header.cluster_size()),
+            length: end,
+            end: end.checked_next_multiple_of(header.cluster_size()).unwrap_or(end),
             tables: Mutex::new(Tables {
                 l1: l1(header),
+                structures: structures(header),
                 l2: BTreeSet::new(),
                 originals: Vec::new(),
                 numbers: HashMap::new(),
@@ -75,8 +85,24 @@ impl Damage {
         }
     }
 
-    /// Changes what imago has read at `offset` so that it accepts it. In an L1 table of an image that is `written` nothing
-    /// is changed: such an image has been refused.
+    /// Returns the bytes of memory that the tables take which an L1 table, read at `offset`, names; None for other bytes.
+    pub(super) fn cost(&self, offset: u64, bytes: &[u8]) -> Option<u64> {
+        let l1 = self.tables().l1.clone();
+        if offset >= l1.end || l1.start >= offset.saturating_add(bytes.len() as u64) {
+            return None;
+        }
+        let named = bytes.as_chunks().0.iter().filter(|word| u64::from_be_bytes(**word) & OFFSET != 0);
+        Some(named.count() as u64 * BYTES_OF_TABLE)
+    }
+
+    /// Returns the bytes of memory that this takes.
+    pub(super) fn bytes(&self) -> u64 {
+        let tables = self.tables();
+        tables.l2.len() as u64 * BYTES_OF_TABLE + tables.originals.len() as u64 * BYTES_OF_ORIGINAL
+    }
+
+    /// Changes what imago has read at `offset` so that it accepts it. Entries that the file ends before are damaged as
+    /// well. In an L1 table of an image that is `written` nothing is changed: such an image has been refused.
     pub(super) fn sanitise(&self, offset: u64, bytes: &mut [u8], written: bool) {
         let mut tables = self.tables();
         let end = offset.saturating_add(bytes.len() as u64);
@@ -86,16 +112,18 @@ impl Damage {
                     continue;
                 }
                 let entry = u64::from_be_bytes(*word);
-                if !self.is_l1_entry(entry) && !written {
+                if !written && (self.is_cut_off(at) || !self.is_l1_entry(entry) || tables.is_taken(entry)) {
                     *word = (COPIED | DAMAGED).to_be_bytes();
                 } else if entry & OFFSET != 0 {
                     tables.l2.insert(entry & OFFSET);
                 }
             }
         } else if self.is_cluster(offset, bytes) && tables.l2.contains(&offset) {
-            for word in bytes.as_chunks_mut().0 {
+            for (at, word) in (offset..).step_by(8).zip(bytes.as_chunks_mut().0) {
                 let entry = u64::from_be_bytes(*word);
-                if !self.is_l2_entry(entry)
+                if !written && self.is_cut_off(at) {
+                    *word = (COPIED | DAMAGED).to_be_bytes();
+                } else if !self.is_l2_entry(entry)
                     && let Some(number) = tables.number(entry)
                 {
                     *word = (COPIED | self.place(tables.nonce, number)).to_be_bytes();
@@ -140,7 +168,9 @@ impl Damage {
 
     /// Notes that the header has changed.
     pub(super) fn note_header(&self, header: &Header) {
-        self.tables().l1 = l1(header);
+        let mut tables = self.tables();
+        tables.l1 = l1(header);
+        tables.structures = structures(header);
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -154,6 +184,11 @@ impl Damage {
 
     fn is_aligned(&self, offset: u64) -> bool {
         offset.trailing_zeros() >= self.cluster_bits
+    }
+
+    /// Returns true for an entry at `at` that the file ends before.
+    fn is_cut_off(&self, at: u64) -> bool {
+        at.saturating_add(8) > self.length
     }
 
     fn is_l1_entry(&self, entry: u64) -> bool {
@@ -189,6 +224,13 @@ impl Damage {
 }
 
 impl Tables {
+    /// Returns true for a pointer to a place that the header names for something else.
+    fn is_taken(&self, entry: u64) -> bool {
+        let place = entry & OFFSET;
+        // A pointer to nothing has the header's place.
+        place != 0 && self.structures.iter().any(|range| range.contains(&place))
+    }
+
     /// The number of an original; None where there are too many.
     fn number(&mut self, original: u64) -> Option<u64> {
         if let Some(number) = self.numbers.get(&original) {
@@ -212,7 +254,15 @@ mod tests {
 
     /// An L1 table at 1 with L2 tables at 2 and 3, of a file of 10 clusters.
     fn damage(version: u32) -> Damage {
-        let header = Header { version, cluster_bits: 16, l1_offset: C, l1_entries: 8, ..Header::default() };
+        let header = Header {
+            version,
+            cluster_bits: 16,
+            l1_offset: C,
+            l1_entries: 8,
+            reftable_offset: 8 * C,
+            reftable_clusters: 1,
+            ..Header::default()
+        };
         let damage = Damage::new(&header, 10 * C - 1000);
         damage.sanitise(C, &mut words(&[COPIED | (2 * C), COPIED | (3 * C), 0]), true);
         damage
@@ -307,12 +357,33 @@ mod tests {
 
     #[test]
     fn pointers_to_tables_are_substituted_in_images_that_are_read() {
-        let bad = [COPIED | (2 * C + 512), (2 * C) | (1 << 57), (2 * C) | 1, COPIED | (10 * C)];
+        let bad = [
+            COPIED | (2 * C + 512),
+            (2 * C) | (1 << 57),
+            (2 * C) | 1,
+            COPIED | (10 * C),
+            COPIED | (8 * C),
+            C,
+        ];
         let mut bytes = words(&[&[COPIED | (9 * C)][..], &bad].concat());
         damage(3).sanitise(C, &mut bytes, true);
         assert_eq!(bytes, words(&[&[COPIED | (9 * C)][..], &bad].concat()));
         damage(3).sanitise(C, &mut bytes, false);
-        assert_eq!(bytes, words(&[&[COPIED | (9 * C)][..], &[COPIED | DAMAGED; 4]].concat()));
+        assert_eq!(bytes, words(&[&[COPIED | (9 * C)][..], &[COPIED | DAMAGED; 6]].concat()));
+    }
+
+    #[test]
+    fn entries_past_the_end_of_the_file_are_damage() {
+        let damage = damage(3);
+        damage.note(C, &words(&[0]), &words(&[9 * C]));
+        let original = table(&[5 * C; 4]);
+        let mut bytes = original.clone();
+        damage.sanitise(9 * C, &mut bytes, true);
+        assert!(bytes == original);
+        damage.sanitise(9 * C, &mut bytes, false);
+        let kept = 65536 - 1000;
+        assert!(bytes[..kept] == original[..kept]);
+        assert!(bytes[kept..].chunks(8).all(|word| word == (COPIED | DAMAGED).to_be_bytes()));
     }
 
     #[test]

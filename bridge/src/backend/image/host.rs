@@ -10,6 +10,7 @@ mod kept;
 mod marks;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -68,6 +69,10 @@ struct Inner {
     damage: OnceLock<Damage>,
     /// The block device that it is on, where it cannot grow.
     device: OnceLock<Arc<File>>,
+    /// Bytes of memory that what is known of its structures was counted with last.
+    known_bytes: AtomicU64,
+    /// Bytes of a cluster, where it has clusters.
+    cluster: OnceLock<u64>,
     /// The bytes of one of its tables, and the count of those that are cached.
     tables: OnceLock<(u64, Tables)>,
     /// Its tables contradict each other: nothing that is kept back may go to the file.
@@ -108,6 +113,8 @@ impl Host {
             places: OnceLock::new(),
             damage: OnceLock::new(),
             device: OnceLock::new(),
+            known_bytes: AtomicU64::new(0),
+            cluster: OnceLock::new(),
             tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
             marks_hidden: AtomicBool::new(false),
@@ -136,6 +143,18 @@ impl Host {
     /// The size of the block device that it is on, in bytes; None for a plain file, which grows.
     pub(super) fn device_end(&self) -> Option<u64> {
         self.0.device.get().map(|device| length(device).unwrap_or(0))
+    }
+
+    /// Sets the size of the clusters in the file, in bytes.
+    pub(super) fn set_cluster(&self, cluster: u64) {
+        // There is one image in a file, which is opened once.
+        let _ = self.0.cluster.set(cluster);
+    }
+
+    /// Returns the end of the last cluster in the file, which may be there in part, in bytes.
+    pub(super) fn end(&self) -> u64 {
+        let size = self.0.size.load(Relaxed);
+        size.checked_next_multiple_of(self.0.cluster.get().copied().unwrap_or(1)).unwrap_or(size)
     }
 
     pub(super) fn number(&self) -> u8 {
@@ -202,6 +221,38 @@ impl Host {
         let _ = self.0.tables.set((cluster, tables));
     }
 
+    /// Counts the memory of what is known of the structures, with `more` bytes on top.
+    ///
+    /// # Errors
+    /// The end of a line: it is more than all images may hold.
+    pub(super) fn count_known(&self, more: u64) -> Result<(), String> {
+        match self.0.tables.get() {
+            Some((_, tables)) => self.count_growth(more, |bytes| tables.hold(bytes)),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts what has come to be known of the structures, though it is too much.
+    fn count_known_anyway(&self) {
+        if let Some((_, tables)) = self.0.tables.get() {
+            let Ok(()) = self.count_growth::<Infallible>(0, |bytes| {
+                tables.hold_more(bytes);
+                Ok(())
+            });
+        }
+    }
+
+    fn count_growth<E>(&self, more: u64, count: impl FnOnce(u64) -> Result<(), E>) -> Result<(), E> {
+        let places = self.places().map_or(0, |places| places.bytes());
+        let bytes = more + places + self.0.damage.get().map_or(0, Damage::bytes);
+        let growth = bytes.saturating_sub(self.0.known_bytes.load(Relaxed));
+        if growth > 0 {
+            count(growth)?;
+            self.0.known_bytes.fetch_add(growth, Relaxed);
+        }
+        Ok(())
+    }
+
     /// Counts what looks like a table.
     fn count_table(&self, offset: u64, len: u64) {
         if let Some((cluster, tables)) = self.0.tables.get()
@@ -266,7 +317,12 @@ impl Storage for Host {
         }
         let mut buf = self.read(offset, len).await?;
         if let Some(damage) = self.0.damage.get() {
+            if let Some(cost) = damage.cost(offset, &buf) {
+                // What it names may be known already: the table is read again when caches are dropped.
+                self.count_known(cost.saturating_sub(damage.bytes())).map_err(too_much)?;
+            }
             damage.sanitise(offset, &mut buf, self.0.writable);
+            self.count_known_anyway();
         }
         self.without_marks(offset, &mut buf);
         bufv.copy_from_slice(&buf);
@@ -358,6 +414,11 @@ pub(super) async fn drop_caches(image: &imago::FormatAccess<Host>) -> io::Result
     image.flush().await?;
     // SAFETY: nothing that was cached differs from what is kept back or in the file, where it is read again.
     unsafe { image.invalidate_cache() }.await
+}
+
+/// An error of ours for imago that tells that memory is at its limit.
+fn too_much(line: String) -> io::Error {
+    io::Error::new(io::ErrorKind::OutOfMemory, line)
 }
 
 /// An error of ours, for imago; its errno survives.

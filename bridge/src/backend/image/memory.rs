@@ -1,7 +1,8 @@
-//! Bounds of the memory that the images of a process hold beside the buffers of requests: cached tables, and clusters
-//! that are being decompressed. The size of either is decided by the image, thus by a stranger.
+//! Bounds of the memory that the images of a process hold beside the buffers of requests: tables that stay loaded, cached
+//! tables, and clusters that are being decompressed. The size of each is decided by the image, thus by a stranger.
 //!
 //! ```text
+//!   open ──hold()──> bytes of L1 and refcount tables and of what is known of other tables; too many: not opened
 //!   job ──room()──> a slot (so few jobs load tables at once), and the cache is dropped first if it is full
 //!   imago loads or makes a table ──host──> Tables::note
 //!   read of a compressed cluster ──decompress()──> permits for all bytes that this takes
@@ -21,6 +22,9 @@ const UNIT: u64 = 4096;
 /// Tables that every image may hold, whatever its share.
 const MIN_TABLES: u64 = 4;
 
+/// Bytes that L1 and refcount tables may take however small the share of images is.
+const MIN_HELD: u64 = 1 << 20;
+
 /// Permits of images that were opened without a limit of the process.
 const DEFAULT_BYTES: u64 = 64 << 20;
 
@@ -30,6 +34,10 @@ pub struct ImageMemory(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
+    /// Most bytes of tables that stay loaded.
+    held_limit: u64,
+    /// Bytes of tables that stay loaded.
+    held: AtomicU64,
     /// Bytes of all cached tables.
     tables: u64,
     /// Number of images that share them.
@@ -40,10 +48,13 @@ struct Shared {
 }
 
 impl ImageMemory {
-    /// Memory of about so many bytes: one half for tables, one for decompression.
+    /// Memory of about twice so many bytes: one half for tables that stay loaded, one quarter for cached tables, one for
+    /// decompression.
     pub fn new(bytes: u64) -> Self {
         let units = u32::try_from(bytes / 2 / UNIT).unwrap_or(u32::MAX >> 4).clamp(1, u32::MAX >> 4);
         ImageMemory(Arc::new(Shared {
+            held_limit: bytes.max(MIN_HELD),
+            held: AtomicU64::new(0),
             tables: bytes / 2,
             images: AtomicU64::new(0),
             decompression: Semaphore::new(usize::try_from(units).unwrap_or(Semaphore::MAX_PERMITS)),
@@ -70,6 +81,7 @@ impl ImageMemory {
         Tables(Arc::new(ImageTables {
             memory: self.clone(),
             table,
+            loaded: AtomicU64::new(0),
             held: AtomicU64::new(0),
             slots: Semaphore::new(usize::try_from(slots).unwrap_or(1)),
         }))
@@ -92,6 +104,8 @@ struct ImageTables {
     /// Bytes of one table of each layer.
     table: u64,
     /// Bytes that were loaded since the caches were dropped.
+    loaded: AtomicU64,
+    /// Bytes of tables that stay loaded.
     held: AtomicU64,
     /// Jobs that may load tables at once.
     slots: Semaphore,
@@ -100,18 +114,47 @@ struct ImageTables {
 impl Tables {
     /// Counts a table that comes into a cache.
     pub(super) fn note(&self, bytes: u64) {
+        self.0.loaded.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts `bytes` that stay in memory for as long as the image is open.
+    ///
+    /// # Errors
+    /// The end of a line: all images together may not hold so many. Then nothing is counted.
+    pub(super) fn hold(&self, bytes: u64) -> Result<(), String> {
+        let shared = &self.0.memory.0;
+        let grow = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= shared.held_limit);
+        match shared.held.fetch_update(Relaxed, Relaxed, grow) {
+            Ok(_) => {
+                self.0.held.fetch_add(bytes, Relaxed);
+                Ok(())
+            }
+            Err(held) => Err(format!(
+                "its L1 and refcount tables need {} KiB of memory, and {} of the {} KiB for such tables of all images \
+                 are left (a quarter of --memory-budget); raise --memory-budget, or make larger clusters with \
+                 `qemu-img convert -O qcow2`",
+                bytes.div_ceil(1024),
+                shared.held_limit.saturating_sub(held) >> 10,
+                shared.held_limit >> 10
+            )),
+        }
+    }
+
+    /// Counts `bytes` that an open image has come to hold, though they are too many.
+    pub(super) fn hold_more(&self, bytes: u64) {
+        self.0.memory.0.held.fetch_add(bytes, Relaxed);
         self.0.held.fetch_add(bytes, Relaxed);
     }
 
     /// Returns whether the caches hold more than this image's share.
     pub(super) fn are_full(&self) -> bool {
         let share = self.0.memory.0.tables / self.0.memory.0.images.load(Relaxed).max(1);
-        self.0.held.load(Relaxed) > share.max(MIN_TABLES * self.0.table)
+        self.0.loaded.load(Relaxed) > share.max(MIN_TABLES * self.0.table)
     }
 
     /// Starts to count anew: the caches are being dropped.
     pub(super) fn reset(&self) {
-        self.0.held.store(0, Relaxed);
+        self.0.loaded.store(0, Relaxed);
     }
 
     /// Waits until one more job may load tables.
@@ -128,6 +171,7 @@ impl Tables {
 impl Drop for ImageTables {
     fn drop(&mut self) {
         self.memory.0.images.fetch_sub(1, Relaxed);
+        self.memory.0.held.fetch_sub(*self.held.get_mut(), Relaxed);
     }
 }
 
@@ -155,6 +199,23 @@ mod tests {
             (one.0.slots.available_permits(), memory.image(1 << 16).0.slots.available_permits()),
             (16, 512)
         );
+    }
+
+    #[test]
+    fn what_stays_loaded_is_bounded_over_all_images() {
+        let memory = ImageMemory::new(8 << 20);
+        let (one, two) = (memory.image(4096), memory.image(4096));
+        one.hold(5 << 20).unwrap();
+        let line = two.hold(4 << 20).unwrap_err();
+        assert!(line.contains("need 4096 KiB") && line.contains("3072 of the 8192 KiB"), "{line}");
+        two.hold(3 << 20).unwrap();
+        two.hold(1).unwrap_err();
+        two.hold(u64::MAX).unwrap_err();
+        drop(one);
+        two.hold_more(9 << 20);
+        two.hold(0).unwrap_err();
+        drop(two);
+        memory.image(4096).hold(8 << 20).unwrap();
     }
 
     #[tokio::test]

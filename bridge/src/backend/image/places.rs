@@ -23,6 +23,9 @@ use super::{refcounts, snapshots};
 pub(super) const L1_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 pub(super) const REFTABLE_MASK: u64 = u64::MAX << 9;
 
+/// Bytes of memory for each table that came later, at most.
+const BYTES_OF_ADDED: u64 = 32;
+
 /// Most bytes of a table that are read at once.
 const MAX_READ: u64 = 1 << 20;
 
@@ -54,6 +57,7 @@ impl Places {
         for (table, mask) in [(l1(header), L1_MASK), (reftable(header), REFTABLE_MASK)] {
             each_entry(host, table, mask, |_, offset| tables.push(offset)).await?;
         }
+        tables.shrink_to_fit();
         tables.sort_unstable();
         let Some(mut snapshots) = snapshots::structures(host, header).await? else {
             return Ok(Err("has a snapshot table that makes no sense".into()));
@@ -67,7 +71,7 @@ impl Places {
             added: BTreeSet::new(),
             fresh: Vec::new(),
         };
-        let length = host.size()?.next_multiple_of(cluster);
+        let length = host.size()?;
         Ok(match places.fault(length) {
             Some(fault) => Err(fault),
             None => match refcounts::find_fault(host, header, places.clusters()).await? {
@@ -81,6 +85,12 @@ impl Places {
     fn fault(&self, length: u64) -> Option<String> {
         let fixed = structures(&self.headers[0]);
         for (n, one) in fixed.iter().enumerate() {
+            if one.end > length {
+                return Some(format!(
+                    "has a table at {:#x}, which the file ends before or within",
+                    one.start
+                ));
+            }
             if fixed[..n].iter().any(|other| one.start < other.end && other.start < one.end) {
                 return Some(format!("has two tables in one place, at {:#x}", one.start));
             }
@@ -94,9 +104,18 @@ impl Places {
             if before == Some(at) || over(at) {
                 return Some(format!("has two tables in one place, at {at:#x}"));
             }
+            if at.saturating_add(self.cluster) > length {
+                return Some(format!("has a table at {at:#x}, which the file ends within"));
+            }
             before = Some(at);
         }
         None
+    }
+
+    /// Returns the bytes of memory that this takes.
+    pub(super) fn bytes(&self) -> u64 {
+        let ranges = self.snapshots.len() * 2;
+        (self.tables.capacity() + ranges) as u64 * 8 + self.added.len() as u64 * BYTES_OF_ADDED
     }
 
     /// All clusters, roughly in order.
@@ -336,13 +355,14 @@ mod tests {
 
     #[test]
     fn tables_where_none_can_be_are_told() {
-        let fault = |tables: &[u64]| Places { tables: tables.to_vec(), ..places() }.fault(9 * C);
-        assert_eq!(fault(&[4 * C, 8 * C]), None);
+        let fault = |tables: &[u64]| Places { tables: tables.to_vec(), ..places() }.fault(9 * C - 1);
+        assert_eq!(fault(&[4 * C, 7 * C]), None);
         for (tables, word) in [
             (&[4 * C, 4 * C][..], "two tables"),
             (&[2 * C], "two tables"),
             (&[4 * C + 512], "where none"),
             (&[9 * C], "where none"),
+            (&[8 * C], "ends within"),
         ] {
             assert!(fault(tables).unwrap().contains(word), "{tables:?}");
         }

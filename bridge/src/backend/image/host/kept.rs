@@ -153,6 +153,7 @@ impl Host {
             damage.note(offset, &old, bytes);
         }
         let noted = self.places().map_or(Ok(()), |mut places| places.note(offset, &old, bytes));
+        self.count_known_anyway();
         noted.map_err(|taken| {
             let what = format!("its refcounts give a table's place away, at {taken:#x}");
             self.give_up(&what);
