@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::num::NonZeroU64;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Advice, SeekFrom};
 use rustix::io::Errno;
@@ -21,6 +21,12 @@ const READ_AHEAD: u64 = 256 << 20;
 const FIRST_PIECE: u64 = 256 << 10;
 const LAST_PIECE: u64 = 64 << 20;
 
+/// Extents that one step over a file in memory finds at most.
+const STEP_EXTENTS: usize = 1024;
+
+/// Held by the step that runs. By a thread of the pool, and not by a request, which might not be polled for a while.
+static STEP: Mutex<()> = Mutex::new(());
+
 impl Disk {
     /// See [`crate::Backend::block_status`].
     pub(super) async fn block_status(
@@ -33,10 +39,7 @@ impl Disk {
         match this.kind {
             // The kernel keeps no map of a device.
             Kind::Device(_) => Ok(vec![Extent { len, kind: ExtentKind::Data }]),
-            Kind::Memory => {
-                let disk = this.clone();
-                in_pool(move || disk.memory_extents(offset, len, limit)).await?
-            }
+            Kind::Memory => Self::memory_extents(this, offset, len, limit).await,
             Kind::Regular => {
                 let file = this.file.clone();
                 in_pool(move || extents(&file, offset, len, limit)).await?
@@ -56,33 +59,62 @@ impl Disk {
     }
 }
 
+/// A walk over a range of a file in memory.
+struct Walk {
+    place: u64,
+    end: u64,
+    /// Bytes that the next system call looks at.
+    piece: u64,
+    found: Vec<Extent>,
+    limit: usize,
+}
+
+impl Walk {
+    fn is_over(&self) -> bool {
+        self.place >= self.end || self.found.len() > self.limit
+    }
+}
+
 impl Disk {
-    /// Describes a range of a file in memory. There SEEK_HOLE looks at every page up to the next hole, however far behind
-    /// the range it is. So cachestat(2) looks at a piece first, and SEEK_HOLE is used only if pages are missing in the
-    /// piece: each system call ends with its piece.
-    fn memory_extents(&self, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>> {
-        let (mut place, end, mut piece) = (offset, offset + len, FIRST_PIECE);
-        let mut found = Vec::new();
-        while place < end && found.len() <= limit {
-            let count = (end - place).min(piece);
-            let (run, kind) = match sys::cachestat(&*self.file, place, count) {
+    /// Describes a range of a file in memory, step by step. The kernel keeps a core busy with a step, so that one step runs
+    /// at a time in the process, and requests take turns: the workers keep their cores.
+    async fn memory_extents(this: &Arc<Self>, offset: u64, len: u64, limit: usize) -> Result<Vec<Extent>> {
+        let (end, found) = (offset + len, Vec::new());
+        let mut walk = Walk { place: offset, end, piece: FIRST_PIECE, found, limit };
+        while !walk.is_over() {
+            let disk = this.clone();
+            walk = in_pool(move || disk.step(walk)).await??;
+        }
+        walk.found.truncate(limit);
+        Ok(walk.found)
+    }
+
+    /// Goes on with a walk, for [`LAST_PIECE`] bytes or [`STEP_EXTENTS`] extents. SEEK_HOLE looks at every page up to the next
+    /// hole, however far behind the range it is. So cachestat(2) looks at a piece first, and SEEK_HOLE is used only if pages
+    /// are missing in the piece: each system call ends with its piece.
+    fn step(&self, mut walk: Walk) -> Result<Walk> {
+        let _turn = STEP.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, mut pieces) = (walk.place, 0);
+        while !walk.is_over() && walk.place - start < LAST_PIECE && pieces < STEP_EXTENTS {
+            let count = (walk.end - walk.place).min(walk.piece);
+            let (run, kind) = match sys::cachestat(&*self.file, walk.place, count) {
                 // Evicted pages of such a file are in swap.
-                Ok(stat) if stat.cached.saturating_add(stat.evicted) >= self.pages(place, count) => {
-                    piece = (piece * 2).min(LAST_PIECE);
+                Ok(stat) if stat.cached.saturating_add(stat.evicted) >= self.pages(walk.place, count) => {
+                    walk.piece = (walk.piece * 2).min(LAST_PIECE);
                     (count, ExtentKind::Data)
                 }
-                Ok(_) => {
-                    piece = FIRST_PIECE;
-                    let extent = first_extent(&self.file, place, end)?;
+                // There is no cachestat before 6.5.
+                Ok(_) | Err(_) => {
+                    walk.piece = FIRST_PIECE;
+                    let extent = first_extent(&self.file, walk.place, walk.end)?;
                     (extent.len, extent.kind)
                 }
-                Err(_) => return extents(&self.file, offset, len, limit),
             };
-            push_extent(&mut found, run, kind);
-            place += run;
+            push_extent(&mut walk.found, run, kind);
+            walk.place += run;
+            pieces += 1;
         }
-        found.truncate(limit);
-        Ok(found)
+        Ok(walk)
     }
 }
 

@@ -242,3 +242,44 @@ fn block_status_in_memory_looks_at_the_range_alone() {
     });
     assert!(begun.elapsed() < walks, "{:?}, and {walks:?} for walks to the next hole", begun.elapsed());
 }
+
+/// Block status of a dense file in memory, many times at once: the thread that asks goes on, and the pool has room for others
+/// between the steps of one request.
+#[test]
+fn block_status_in_memory_holds_nobody_up() {
+    const SIZE: u64 = 160 << 20;
+    let folder = memory();
+    let path = image(&folder, SIZE);
+    std::fs::write(&path, vec![7; usize::try_from(SIZE).unwrap()]).unwrap();
+    let backend = open(&path, &FileOptions::default());
+    // A pool of one thread, which is busy.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(1)
+        .build_local(tokio::runtime::LocalOptions::default())
+        .unwrap();
+    runtime.block_on(async {
+        let (release, busy) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || busy.recv());
+        let ask = || backend.block_status(0, SIZE, Flags::NONE);
+        let mut all: Vec<_> = (0..128).map(|_| ask()).collect();
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        for asked in &mut all {
+            assert!(asked.as_mut().poll(&mut context).is_pending(), "it is done by this thread");
+        }
+        // Others are answered, though none of these is.
+        assert_eq!(load(&backend, SIZE - 512, 512).await, [7; 512]);
+        assert!(matches!(backend.try_read(0, &mut [0; 512], Flags::NONE), Some(Ok(()))));
+        drop(release);
+        assert!(busy.await.unwrap().is_err());
+        for asked in all {
+            assert_eq!(asked.await.unwrap(), [Extent { len: SIZE, kind: ExtentKind::Data }]);
+        }
+        // A small request does not wait for the end of a large one that came before: they take turns on the one thread.
+        let mut large = ask();
+        assert!(large.as_mut().poll(&mut context).is_pending());
+        let small = backend.block_status(0, 512, Flags::REQ_ONE).await.unwrap();
+        assert_eq!(small, [Extent { len: 512, kind: ExtentKind::Data }]);
+        assert!(large.as_mut().poll(&mut context).is_pending(), "it is not done in one step");
+        assert_eq!(large.await.unwrap(), [Extent { len: SIZE, kind: ExtentKind::Data }]);
+    });
+}
