@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::Random;
 use crate::support::mount::run;
-use crate::world::{World, skip};
+use crate::world::World;
 
 /// Runs `nbdbridge volume LINE` with a program of ours in the place of another; it kills whoever calls it.
 fn killed_by(world: &World, program: &str, before: &str, line: &str) -> Output {
@@ -45,10 +45,7 @@ fn change_state(path: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn a_making_that_was_cut_short() {
-    if skip("a_making_that_was_cut_short", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_making_that_was_cut_short", &[]) else { return };
     world.ok("create other -o size=64M");
     // Before mkfs, and when it is done and not written down; its data plane is still there.
     for before in ["", "mkfs.ext4 \"$@\""] {
@@ -86,10 +83,7 @@ fn a_making_that_was_cut_short() {
 
 #[test]
 fn a_mount_that_was_cut_short() {
-    if skip("a_mount_that_was_cut_short", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_mount_that_was_cut_short", &[]) else { return };
     world.ok("create a -o size=64M");
     let point = world.mount("a");
     fs::write(point.join("file"), "data").unwrap();
@@ -126,10 +120,7 @@ fn a_mount_that_was_cut_short() {
 
 #[test]
 fn a_data_plane_that_dies() {
-    if skip("a_data_plane_that_dies", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_data_plane_that_dies", &[]) else { return };
     world.ok("create a -o size=64M -o door=fuse");
     let point = world.mount("a");
     fs::write(point.join("file"), "data").unwrap();
@@ -156,10 +147,7 @@ fn a_data_plane_that_dies() {
 
 #[test]
 fn a_device_whose_number_was_given_away() {
-    if skip("a_device_whose_number_was_given_away", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_device_whose_number_was_given_away", &[]) else { return };
     for name in ["a", "b"] {
         world.ok(&format!("create {name} -o size=64M -o door=fuse"));
         world.mount(name);
@@ -182,10 +170,7 @@ fn a_device_whose_number_was_given_away() {
 
 #[test]
 fn a_reboot() {
-    if skip("a_reboot", &["mkfs.xfs"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_reboot", &["mkfs.xfs"]) else { return };
     world.ok("create ext4 -o size=64M");
     world.ok("create xfs -o size=320M -o fs=xfs");
     for name in ["ext4", "xfs"] {
@@ -215,10 +200,7 @@ fn a_reboot() {
 
 #[test]
 fn a_damaged_file_system_is_told_and_repaired() {
-    if skip("a_damaged_file_system_is_told_and_repaired", &["debugfs"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_damaged_file_system_is_told_and_repaired", &["debugfs"]) else { return };
     world.ok("create a -o size=64M");
     fs::write(world.mount("a").join("file"), "data").unwrap();
     world.ok("umount a");
@@ -249,10 +231,7 @@ fn a_damaged_file_system_is_told_and_repaired() {
 
 #[test]
 fn killed_at_any_moment() {
-    if skip("killed_at_any_moment", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("killed_at_any_moment", &[]) else { return };
     let mut random = Random::new(std::process::id().into());
     let mut killed = |line: &str, within: u64| {
         let words: Vec<_> = line.split(' ').collect();

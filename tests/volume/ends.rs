@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::http;
 use crate::support::mount::run;
 use crate::support::{PROGRAM, Server, eventually, net, text};
-use crate::world::{World, skip};
+use crate::world::World;
 
 fn record(world: &World, name: &str) -> serde_json::Value {
     serde_json::from_slice(&fs::read(world.volume(name).join("volume.json")).unwrap()).unwrap()
@@ -22,10 +22,7 @@ fn record(world: &World, name: &str) -> serde_json::Value {
 /// The runtime folder by a link, as /var/run is one: mounts are found by where they are.
 #[test]
 fn a_runtime_folder_behind_a_link() {
-    if skip("a_runtime_folder_behind_a_link", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_runtime_folder_behind_a_link", &[]) else { return };
     fs::create_dir_all(world.join("real/run")).unwrap();
     std::os::unix::fs::symlink("real/run", world.join("run")).unwrap();
     world.ok("create a -o size=32M");
@@ -66,10 +63,7 @@ impl Remote {
 
 #[test]
 fn an_unmount_whose_last_flush_fails_tells() {
-    if skip("an_unmount_whose_last_flush_fails_tells", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("an_unmount_whose_last_flush_fails_tells", &[]) else { return };
     let remote = Remote::new(&world);
     let server = remote.serve(&[]);
     world.ok(&format!("create a -o source={} -o door=fuse", remote.uri()));
@@ -97,10 +91,7 @@ fn an_unmount_whose_last_flush_fails_tells() {
 /// A container engine is told, too: by the answer to its call.
 #[test]
 fn a_plugins_unmount_whose_last_flush_fails_tells() {
-    if skip("a_plugins_unmount_whose_last_flush_fails_tells", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_plugins_unmount_whose_last_flush_fails_tells", &[]) else { return };
     let remote = Remote::new(&world);
     let server = remote.serve(&[]);
     let (pool, socket) = (world.join("pool"), world.join("plugin.sock"));
@@ -147,10 +138,7 @@ fn a_plugins_unmount_whose_last_flush_fails_tells() {
 /// All that the data plane has made, in whatever step it is killed, is gone after the next command.
 #[test]
 fn planes_are_killed_while_they_come_up() {
-    if skip("planes_are_killed_while_they_come_up", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("planes_are_killed_while_they_come_up", &[]) else { return };
     world.ok("create a -o size=32M -o door=fuse");
     let disk = world.volume("a").join("disk.raw");
     for round in 0..16_u64 {
@@ -179,10 +167,7 @@ fn planes_are_killed_while_they_come_up() {
 /// What is left of a plane whose volume nobody mounts again goes with any command on the pool.
 #[test]
 fn what_a_killed_plane_has_left_is_swept() {
-    if skip("what_a_killed_plane_has_left_is_swept", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_a_killed_plane_has_left_is_swept", &[]) else { return };
     world.ok("create a -o size=32M");
     let disk = world.volume("a").join("disk.raw");
     let output =
@@ -204,10 +189,7 @@ fn what_a_killed_plane_has_left_is_swept() {
 
 #[test]
 fn what_is_said_of_a_volume_that_was_unmounted_by_hand() {
-    if skip("what_is_said_of_a_volume_that_was_unmounted_by_hand", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_is_said_of_a_volume_that_was_unmounted_by_hand", &[]) else { return };
     world.ok("create a -o size=32M -o door=fuse");
     for lazily in [false, true] {
         let point = world.mount("a");
@@ -244,10 +226,7 @@ fn what_is_said_of_a_volume_that_was_unmounted_by_hand() {
 
 #[test]
 fn a_volume_whose_disk_is_gone_is_broken() {
-    if skip("a_volume_whose_disk_is_gone_is_broken", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_volume_whose_disk_is_gone_is_broken", &[]) else { return };
     world.ok("create a -o size=32M");
     world.ok("create b -o size=32M -o format=qcow2");
     let (raw, qcow2) = (world.volume("a").join("disk.raw"), world.volume("b").join("disk.qcow2"));

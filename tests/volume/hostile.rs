@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::support::Server;
 use crate::support::mount::run;
-use crate::world::{World, skip};
+use crate::world::World;
 
 /// The options of the mount at `point`: those of the mount and of its superblock.
 fn mount_options(point: &Path) -> String {
@@ -27,10 +27,12 @@ fn on_error(world: &World, name: &str) -> String {
 
 #[test]
 fn no_superblock_decides_what_an_error_does_to_the_host() {
-    if skip("no_superblock_decides_what_an_error_does_to_the_host", &["tune2fs", "mkfs.xfs", "mkfs.btrfs"]) {
+    let Some(world) = World::here(
+        "no_superblock_decides_what_an_error_does_to_the_host",
+        &["tune2fs", "mkfs.xfs", "mkfs.btrfs"],
+    ) else {
         return;
-    }
-    let world = World::new();
+    };
     world.ok("create own -o size=64M -o mount-options=noatime");
     let disk = world.volume("own").join("disk.raw");
     for change in [&["-e", "panic"][..], &["-E", "mount_opts=errors=panic"], &["-e", "continue"]] {
@@ -70,10 +72,11 @@ fn no_superblock_decides_what_an_error_does_to_the_host() {
 
 #[test]
 fn options_that_are_not_on_the_list_are_refused_with_it() {
-    if skip("options_that_are_not_on_the_list_are_refused_with_it", &["mkfs.xfs", "mkfs.btrfs"]) {
+    let Some(world) =
+        World::here("options_that_are_not_on_the_list_are_refused_with_it", &["mkfs.xfs", "mkfs.btrfs"])
+    else {
         return;
-    }
-    let world = World::new();
+    };
     let aside = world.join("aside");
     fs::write(&aside, vec![7; 16 << 20]).unwrap();
     let refused = |options: &str, part: &str| {
@@ -120,10 +123,7 @@ fn options_that_are_not_on_the_list_are_refused_with_it() {
 
 #[test]
 fn suid_and_dev_need_the_consent_of_the_pool() {
-    if skip("suid_and_dev_need_the_consent_of_the_pool", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("suid_and_dev_need_the_consent_of_the_pool", &[]) else { return };
     world.ok("pool --make");
     let line = world.fails("create a -o size=64M -o mount-options=suid", 1);
     assert!(line.contains("nosuid") && line.contains("volume pool --allow suid"), "{line}");
@@ -148,10 +148,9 @@ fn suid_and_dev_need_the_consent_of_the_pool() {
 
 #[test]
 fn what_is_recorded_and_not_allowed_any_more_can_be_set() {
-    if skip("what_is_recorded_and_not_allowed_any_more_can_be_set", &[]) {
+    let Some(world) = World::here("what_is_recorded_and_not_allowed_any_more_can_be_set", &[]) else {
         return;
-    }
-    let world = World::new();
+    };
     world.ok("create a -o size=64M");
     fs::write(world.mount("a").join("file"), "data").unwrap();
     world.ok("umount a");
@@ -180,10 +179,10 @@ fn what_is_recorded_and_not_allowed_any_more_can_be_set() {
 
 #[test]
 fn a_journal_on_another_device_is_not_looked_for() {
-    if skip("a_journal_on_another_device_is_not_looked_for", &["debugfs", "losetup"]) {
+    let Some(world) = World::here("a_journal_on_another_device_is_not_looked_for", &["debugfs", "losetup"])
+    else {
         return;
-    }
-    let world = World::new();
+    };
     let journal = world.join("journal");
     let uuid = "0c1c6a9c-8bd5-4b06-a1ac-8c1ec5fd6a3c";
     run("truncate", &[&"-s", &"16M", &journal]);
@@ -228,10 +227,9 @@ fn replaced(path: &Path, make: impl FnOnce(&Path), work: impl FnOnce()) {
 
 #[test]
 fn no_link_fifo_or_file_of_others_is_opened_in_a_pool() {
-    if skip("no_link_fifo_or_file_of_others_is_opened_in_a_pool", &["mkfifo"]) {
+    let Some(world) = World::here("no_link_fifo_or_file_of_others_is_opened_in_a_pool", &["mkfifo"]) else {
         return;
-    }
-    let world = World::new();
+    };
     let secret = pool_with_secret(&world);
     let volume = world.volume("v");
     let elsewhere = world.join("elsewhere");
@@ -289,10 +287,10 @@ fn no_link_fifo_or_file_of_others_is_opened_in_a_pool() {
 
 #[test]
 fn what_is_made_and_removed_in_a_pool_stays_in_it() {
-    if skip("what_is_made_and_removed_in_a_pool_stays_in_it", &["mkfifo", "mount"]) {
+    let Some(world) = World::here("what_is_made_and_removed_in_a_pool_stays_in_it", &["mkfifo", "mount"])
+    else {
         return;
-    }
-    let world = World::new();
+    };
     let secret = pool_with_secret(&world);
     let (pool, volume) = (world.join("pool"), world.volume("v"));
     let link = |path: PathBuf| std::os::unix::fs::symlink(&secret, path).unwrap();
@@ -347,10 +345,10 @@ fn what_is_made_and_removed_in_a_pool_stays_in_it() {
 
 #[test]
 fn a_data_plane_opens_its_disk_as_the_pool_does() {
-    if skip("a_data_plane_opens_its_disk_as_the_pool_does", &["qemu-img", "mkfifo"]) {
+    let Some(world) = World::here("a_data_plane_opens_its_disk_as_the_pool_does", &["qemu-img", "mkfifo"])
+    else {
         return;
-    }
-    let world = World::new();
+    };
     let secret = pool_with_secret(&world);
     let volume = world.volume("v");
     let attach = |name: &str, format: &str| {
@@ -414,10 +412,7 @@ fn a_data_plane_opens_its_disk_as_the_pool_does() {
 
 #[test]
 fn a_mount_point_is_no_link() {
-    if skip("a_mount_point_is_no_link", &["mount"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_mount_point_is_no_link", &["mount"]) else { return };
     world.ok("create a -o size=64M");
     let (target, root) = (world.join("target"), world.join("points"));
     fs::create_dir(&target).unwrap();

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use crate::support::mount::run;
-use crate::world::{World, skip};
+use crate::world::World;
 
 /// Options of the file system at a path, as the kernel tells them.
 fn mount_options(point: &Path) -> String {
@@ -16,10 +16,7 @@ fn mount_options(point: &Path) -> String {
 
 #[test]
 fn a_volume_from_its_making_to_its_end() {
-    if skip("a_volume_from_its_making_to_its_end", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_volume_from_its_making_to_its_end", &[]) else { return };
     assert_eq!(world.ok("create data -o size=64M"), "data: made: 64 MiB of ext4\n");
     assert!(world.ok("create data -o size=65536K").contains("is there, with equal options"));
     let idle = world.inspect("data");
@@ -56,10 +53,9 @@ fn a_volume_from_its_making_to_its_end() {
 /// An image of version 2 has no journal: what is answered and not flushed is lost with the data plane.
 #[test]
 fn a_volume_that_a_crash_would_cut_short_says_so() {
-    if skip("a_volume_that_a_crash_would_cut_short_says_so", &["qemu-img"]) {
+    let Some(world) = World::here("a_volume_that_a_crash_would_cut_short_says_so", &["qemu-img"]) else {
         return;
-    }
-    let world = World::new();
+    };
     world.ok("create data -o size=32M -o format=qcow2");
     world.mount("data");
     assert_eq!(world.inspect("data")["loss_after_crash"], serde_json::Value::Null);
@@ -78,10 +74,9 @@ fn a_volume_that_a_crash_would_cut_short_says_so() {
 
 #[test]
 fn every_file_system_and_format() {
-    if skip("every_file_system_and_format", &["mkfs.xfs", "mkfs.btrfs"]) {
+    let Some(world) = World::here("every_file_system_and_format", &["mkfs.xfs", "mkfs.btrfs"]) else {
         return;
-    }
-    let world = World::new();
+    };
     for (name, options) in [
         ("xfs", "-o fs=xfs -o size=320M"),
         ("btrfs", "-o fs=btrfs -o size=128M"),
@@ -109,10 +104,9 @@ fn every_file_system_and_format() {
 
 #[test]
 fn the_root_folder_and_words_for_mkfs_and_mount() {
-    if skip("the_root_folder_and_words_for_mkfs_and_mount", &["dumpe2fs"]) {
+    let Some(world) = World::here("the_root_folder_and_words_for_mkfs_and_mount", &["dumpe2fs"]) else {
         return;
-    }
-    let world = World::new();
+    };
     let mut create =
         world.command(&["volume", "create", "a", "-o", "size=64M", "-o", "uid=7", "-o", "gid=8"]);
     create.args([
@@ -145,10 +139,7 @@ fn the_root_folder_and_words_for_mkfs_and_mount() {
 
 #[test]
 fn thick_stays_thick_and_thin_thin() {
-    if skip("thick_stays_thick_and_thin_thin", &["fstrim"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("thick_stays_thick_and_thin_thin", &["fstrim"]) else { return };
     world.ok("create thin -o size=64M");
     world.ok("create thick -o size=64M -o provision=thick");
     let allocated = |name: &str| world.inspect(name)["allocated"].as_u64().unwrap();
@@ -166,10 +157,7 @@ fn thick_stays_thick_and_thin_thin() {
 
 #[test]
 fn limits_hold_at_once_and_for_good() {
-    if skip("limits_hold_at_once_and_for_good", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("limits_hold_at_once_and_for_good", &[]) else { return };
     world.ok("create a -o size=64M -o iops-read=5000 -o bps-total=100M");
     let live = || {
         let pid = world.plane("a").as_raw_nonzero().to_string();
@@ -196,10 +184,7 @@ fn limits_hold_at_once_and_for_good() {
 
 #[test]
 fn mounted_elsewhere() {
-    if skip("mounted_elsewhere", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("mounted_elsewhere", &[]) else { return };
     world.ok("create a -o size=64M");
     let root = world.join("other");
     let path = world.ok(&format!("mount a --mount-root {}", root.display()));
@@ -220,10 +205,7 @@ fn mounted_elsewhere() {
 /// As a container does that has a copy of all mounts of the host.
 #[test]
 fn what_others_have_mounted_is_whole() {
-    if skip("what_others_have_mounted_is_whole", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_others_have_mounted_is_whole", &[]) else { return };
     world.ok("create a -o size=64M");
     let point = world.mount("a");
     let copy = world.join("copy");
@@ -243,10 +225,7 @@ fn what_others_have_mounted_is_whole() {
 
 #[test]
 fn an_open_device_is_in_use() {
-    if skip("an_open_device_is_in_use", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("an_open_device_is_in_use", &[]) else { return };
     world.ok("create a -o size=64M -o fs=none");
     let open = fs::File::options().read(true).write(true).open(world.mount("a")).unwrap();
     assert!(world.fails("umount a", 1).contains("is in use"));

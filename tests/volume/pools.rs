@@ -19,10 +19,7 @@ fn small(megabytes: u32) -> World {
 
 #[test]
 fn what_is_a_pool() {
-    if skip("what_is_a_pool", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_is_a_pool", &[]) else { return };
     let line = world.fails("ls", 1);
     assert!(line.contains("there is no such pool"), "{line}");
     fs::create_dir(world.join("pool")).unwrap();

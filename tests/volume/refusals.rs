@@ -5,14 +5,11 @@ use std::process::{Command, Stdio};
 
 use crate::support::mount::{nbdbridge, run};
 use crate::support::{PROGRAM, one_line};
-use crate::world::{World, skip};
+use crate::world::World;
 
 #[test]
 fn words_that_make_no_sense() {
-    if skip("words_that_make_no_sense", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("words_that_make_no_sense", &[]) else { return };
     for name in ["../x", "a/b", "..", ".a", "-", "a%2f", &"x".repeat(256)] {
         let line = world.fails(&format!("create -o size=64M -- {name}"), 2);
         assert!(line.contains("is no name for a volume"), "{line}");
@@ -48,10 +45,7 @@ fn words_that_make_no_sense() {
 
 #[test]
 fn a_name_is_given_away_once() {
-    if skip("a_name_is_given_away_once", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_name_is_given_away_once", &[]) else { return };
     world.ok("create a -o size=64M");
     let line = world.fails("create a -o size=128M -o uid=5", 1);
     assert!(line.contains("exists with other options (size, uid)"), "{line}");
@@ -77,10 +71,7 @@ fn a_name_is_given_away_once() {
 
 #[test]
 fn what_is_in_use_stays() {
-    if skip("what_is_in_use_stays", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_is_in_use_stays", &[]) else { return };
     world.ok("create a -o size=64M");
     let point = world.mount("a");
     fs::write(point.join("file"), "precious").unwrap();
@@ -106,10 +97,7 @@ fn what_is_in_use_stays() {
 
 #[test]
 fn one_that_is_broken_harms_no_other() {
-    if skip("one_that_is_broken_harms_no_other", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("one_that_is_broken_harms_no_other", &[]) else { return };
     world.ok("create good -o size=64M");
     world.ok("create bad -o size=64M");
     let path = world.volume("bad").join("volume.json");
@@ -154,10 +142,7 @@ fn one_that_is_broken_harms_no_other() {
 #[test]
 fn a_missing_program_is_named_with_its_package() {
     const TEST: &str = "a_missing_program_is_named_with_its_package";
-    if skip(TEST, &["unshare", "mount"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here(TEST, &["unshare", "mount"]) else { return };
     for (fs, program, package) in [
         ("ext4", "mkfs.ext4", "e2fsprogs"),
         ("xfs", "mkfs.xfs", "xfsprogs"),
@@ -183,10 +168,7 @@ fn a_missing_program_is_named_with_its_package() {
 #[test]
 fn a_door_that_is_not_there() {
     const TEST: &str = "a_door_that_is_not_there";
-    if skip(TEST, &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here(TEST, &[]) else { return };
     if std::path::Path::new("/dev/ublk-control").exists() {
         eprintln!("SKIP: {TEST}: there is ublk here");
         return;

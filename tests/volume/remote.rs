@@ -63,10 +63,7 @@ fn a_remote_disk() {
 
 #[test]
 fn a_disk_that_cannot_be_read_is_not_formatted() {
-    if skip("a_disk_that_cannot_be_read_is_not_formatted", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_disk_that_cannot_be_read_is_not_formatted", &[]) else { return };
     let disk = world.join("remote.img");
     let content = vec![0x77; 8 << 20];
     fs::write(&disk, &content).unwrap();
@@ -79,10 +76,7 @@ fn a_disk_that_cannot_be_read_is_not_formatted() {
 
 #[test]
 fn what_somebody_else_has_attached_is_not_taken() {
-    if skip("what_somebody_else_has_attached_is_not_taken", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("what_somebody_else_has_attached_is_not_taken", &[]) else { return };
     let server = Server::serve(&["mem:64M"]);
     let uri = server.uri("");
     world.ok(&format!("create a -o source={uri} -o door=fuse"));

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ends::Remote;
 use crate::support::{PROGRAM, eventually, one_line};
-use crate::world::{World, skip};
+use crate::world::World;
 
 /// Every command ends within this time, on a loaded machine too.
 const SOON: Duration = Duration::from_secs(40);
@@ -69,10 +69,7 @@ fn call(world: &World, line: &str) -> Output {
 
 #[test]
 fn commands_beside_a_stopped_data_plane() {
-    if skip("commands_beside_a_stopped_data_plane", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("commands_beside_a_stopped_data_plane", &[]) else { return };
     world.ok("create a -o size=32M -o door=fuse");
     world.ok("create b -o size=32M -o door=fuse");
     let point = world.mount("a");
@@ -115,10 +112,7 @@ fn commands_beside_a_stopped_data_plane() {
 
 #[test]
 fn a_data_plane_that_is_stopped_while_it_comes_up() {
-    if skip("a_data_plane_that_is_stopped_while_it_comes_up", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_data_plane_that_is_stopped_while_it_comes_up", &[]) else { return };
     world.ok("create a -o size=32M -o door=fuse");
     let mount = start(&mut world.command(&["volume", "mount", "a"]));
     eventually("its data plane starts", || !world.planes().is_empty());
@@ -144,10 +138,7 @@ fn a_data_plane_that_is_stopped_while_it_comes_up() {
 /// Stopped in the middle of a mount(2) and of a check.
 #[test]
 fn a_data_plane_that_is_stopped_in_the_middle() {
-    if skip("a_data_plane_that_is_stopped_in_the_middle", &[]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = World::here("a_data_plane_that_is_stopped_in_the_middle", &[]) else { return };
     let remote = Remote::new(&world);
     let server = remote.serve(&[]);
     world.ok(&format!("create a -o source={} -o door=fuse", remote.uri()));

@@ -28,6 +28,11 @@ pub(crate) fn skip(test: &str, programs: &[&str]) -> bool {
 }
 
 impl World {
+    /// A new world for a test; None, said aloud, where this host lacks what the test needs.
+    pub(crate) fn here(test: &str, programs: &[&str]) -> Option<World> {
+        (!skip(test, programs)).then(World::new)
+    }
+
     pub(crate) fn new() -> World {
         World { folder: tempfile::tempdir().unwrap() }
     }
