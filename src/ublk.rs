@@ -2,24 +2,29 @@
 //!
 //! ```text
 //!   /dev/ublkbN ── kernel ──> channel (descriptors, ring) ──> queue (a thread each) ──try──> Export
-//!                                                               └──tasks──> Export
-//!   door ──> device (make, start, take over, end) ──> control (/dev/ublk-control)
+//!                              └─ data (copies)                └──tasks──> Export
+//!   door ──> device (make, start, take over, end) ──> control (/dev/ublk-control) ──> apart (a child) ──> library
 //!   supervise: another process, for the case that this one dies      state: what is remembered of each device
 //! ```
 //!
-//! The interface is spoken directly (`abi`, `control`, `channel`): it is small, and so the build needs no libclang, no
-//! second executor, and nothing that prints, panics or deletes devices by itself.
+//! The kernel's interface is spoken by libublk: its structures and numbers (`libublk::sys`), its control ring and `UblkCtrl`
+//! (`command`, `library`), `UblkDev`, `UblkQueue` and `IoBuf` (`channel`, `data`). Ours are the loop that takes requests,
+//! which waits for tokio's sources as well; the limits on every command, because some kernels never answer; recovery,
+//! standby and supervisor; the records of devices; and the mounts of the process. `abi` has what libublk lacks.
 
 mod abi;
 mod apart;
 mod channel;
 mod command;
 mod control;
+mod data;
 mod device;
 mod door;
 mod holders;
+mod library;
 mod list;
 mod memory;
+mod plain;
 mod queue;
 mod signals;
 mod standby;

@@ -10,9 +10,10 @@
 //!   no answer in time, or killed: the socket closes, and a late answer is undone: no half device stays
 //! ```
 //!
-//! The child holds no lock, pipe or terminal of ours. An open of our own device, which can wait for our own answer, is made
-//! in a child as well.
-//! A leaf file: the `unsafe` is fork(2), _exit(2), close_range(2) and the signal mask.
+//! The child holds no lock, pipe or terminal of ours, takes no signals, and its standard streams lead nowhere: libublk, which
+//! sends some of the commands there (`library`), is interrupted by signals and prints. An open of our own device, which can
+//! wait for our own answer, is made in a child as well.
+//! A leaf file: the `unsafe` is fork(2), _exit(2) and close_range(2).
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -28,6 +29,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, waitpid};
 
 use super::command::{Call, Cause, CommandRing};
+use super::{library, signals};
 
 /// An answered command whose effect is undone unless it is accepted.
 pub(super) struct Answered {
@@ -162,38 +164,53 @@ fn receive(socket: &OwnedFd, len: usize, limit: Duration) -> Result<(i32, Vec<u8
 
 /// The child: sends the command, tells its answer, and undoes what nobody wants any more.
 fn serve(device: BorrowedFd<'_>, socket: &OwnedFd, call: &mut Call, undo: fn(&Call) -> Option<Call>) {
-    hold_signals();
+    // Ctrl-C is for the process that waits, and the command is not left half done.
+    signals::block_all();
     let _ = rustix::thread::set_name(c"nbdbridge-ctl");
     close_all_but(device, socket.as_fd());
+    if let Err(errno) = library::silence() {
+        let _ = send(socket, &answer_of(-errno.raw_os_error(), &[], call.memory.len()), SendFlags::NOSIGNAL);
+        return;
+    }
     let mut ring = CommandRing::default();
     let len = call.memory.len();
-    let result = match ring.run(device, call, None) {
+    let result = match execute(&mut ring, device, call) {
         Ok(()) => 0,
         Err(Cause::Refused(errno)) => -errno.raw_os_error(),
         Err(Cause::Unanswered(_) | Cause::Lost) => return,
     };
-    let mut answer = [result.to_ne_bytes().as_slice(), &call.memory].concat();
-    // After a refusal there is no memory.
-    answer.resize(4 + len, 0);
-    let told = send(socket, &answer, SendFlags::NOSIGNAL).is_ok();
+    let told = send(socket, &answer_of(result, &call.memory, len), SendFlags::NOSIGNAL).is_ok();
     let accepted =
         told && matches!(retry_on_intr(|| recv(socket, &mut [0; 1], RecvFlags::empty())), Ok((1, _)));
     if result == 0
         && !accepted
         && let Some(mut undo) = undo(call)
     {
-        let _ = ring.run(device, &mut undo, None);
+        let _ = execute(&mut ring, device, &mut undo);
     }
 }
 
-/// Blocks every signal: Ctrl-C is for the process that waits, and the command is not left half done.
-fn hold_signals() {
-    // SAFETY: sigset_t is a plain C structure, for which all zeroes is a value; the calls write into ours.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+/// Sends a command, by libublk or on the ring.
+fn execute(ring: &mut CommandRing, device: BorrowedFd<'_>, call: &mut Call) -> Result<(), Cause> {
+    if !library::sends(call.command, call.id) {
+        return ring.run(device, call, None);
     }
+    // The kernel's own word on a device that is not there, or not ours.
+    let mut question = call.question();
+    ring.run(device, &mut question, None)?;
+    match library::send(ring, call) {
+        Err(Errno::OPNOTSUPP) => {
+            ring.run(device, &mut question, None).and(Err(Cause::Refused(Errno::OPNOTSUPP)))
+        }
+        done => done.map_err(Cause::Refused),
+    }
+}
+
+/// An answer's bytes: the result, and the memory; after a refusal there is none.
+fn answer_of(result: i32, memory: &[u8], len: usize) -> Vec<u8> {
+    let mut answer = [result.to_ne_bytes().as_slice(), memory].concat();
+    answer.resize(4 + len, 0);
+    answer
 }
 
 /// Closes what the child has from its parent: locks, pipes and sockets, whose ends others wait for.

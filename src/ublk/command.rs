@@ -1,4 +1,8 @@
-//! One command to the driver: its bytes, the io_uring of 128-byte entries that it goes through, and its failure.
+//! One command to the driver: its bytes, the ring that it goes through, and its failure.
+//!
+//! The ring is libublk's control ring, which libublk has once for each thread. It is lent for a command and taken back, so
+//! that no thread keeps one, a handle can be used on any thread, and no fork inherits one. Waiting is ours, because libublk
+//! knows no limit and takes an interrupted command for a failed one.
 //!
 //! A ring is used again only after its last command was answered. After a command without an answer, or a failed
 //! submission, the ring is given up: the kernel may still hold the command, and a late answer must not be taken for that
@@ -14,9 +18,11 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::Entry128;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, types};
+use libublk::{sys, ublk_init_ctrl_task_ring, with_ctrl_ring_mut};
 use rustix::io::Errno;
 
-use super::abi::Command;
+use super::abi::{self, Command, DeviceInfo};
+use super::plain::Plain;
 
 /// A command as the kernel takes it (`struct ublksrv_ctrl_cmd`), with the memory that it names.
 #[derive(Clone, Debug)]
@@ -36,18 +42,27 @@ pub(super) struct Call {
 }
 
 impl Call {
+    /// Returns the call that asks about the same device, with the same rights.
+    pub(super) fn question(&self) -> Call {
+        let path = self.memory.get(..self.path_len).unwrap_or_default();
+        let memory = [path, DeviceInfo::default().bytes()].concat();
+        Call { command: abi::GET_DEV_INFO, data: 0, memory, ..*self }
+    }
+
     /// Returns the submission for this call; it names the memory.
     fn entry(&mut self, device: BorrowedFd<'_>) -> Result<Entry128, Errno> {
         let length = |len: usize| u16::try_from(len).map_err(|_| Errno::INVAL);
+        let header = sys::ublksrv_ctrl_cmd {
+            dev_id: self.id,
+            queue_id: u16::MAX,
+            len: length(self.memory.len())?,
+            addr: if self.memory.is_empty() { 0 } else { self.memory.as_mut_ptr() as u64 },
+            data: [self.data],
+            dev_path_len: length(self.path_len)?,
+            ..Default::default()
+        };
         let mut words = [0; 80];
-        words[0..4].copy_from_slice(&self.id.to_ne_bytes());
-        words[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
-        if !self.memory.is_empty() {
-            words[6..8].copy_from_slice(&length(self.memory.len())?.to_ne_bytes());
-            words[8..16].copy_from_slice(&(self.memory.as_mut_ptr() as u64).to_ne_bytes());
-        }
-        words[16..24].copy_from_slice(&self.data.to_ne_bytes());
-        words[24..26].copy_from_slice(&length(self.path_len)?.to_ne_bytes());
+        words[..size_of_val(&header)].copy_from_slice(header.bytes());
         let op = self.command.op(self.encoded);
         Ok(opcode::UringCmd80::new(types::Fd(device.as_raw_fd()), op).cmd(words).build())
     }
@@ -107,11 +122,14 @@ impl fmt::Display for CommandError {
 
 impl std::error::Error for CommandError {}
 
+/// A control ring of libublk.
+pub(super) type Ring = IoUring<Entry128>;
+
 /// Sends commands one after another.
 #[derive(Default)]
 pub(super) struct CommandRing {
     /// None at first, and after a command whose end is not known.
-    ring: Option<IoUring<Entry128>>,
+    ring: Option<Ring>,
     /// The number of the last command: its answer carries it.
     last: u64,
 }
@@ -142,6 +160,17 @@ impl CommandRing {
         Ok(())
     }
 
+    /// Lends the ring to libublk, as this thread's control ring, for `work`. Returns what `work` does, and the ring.
+    ///
+    /// # Errors
+    /// There is no ring and the kernel refuses one.
+    pub(super) fn lend<T>(&mut self, work: impl FnOnce() -> T) -> Result<(T, Option<Ring>), Errno> {
+        let ring = self.take().map_err(|error| errno_of(&error))?;
+        place_of_libublk(Some(ring));
+        let done = work();
+        Ok((done, place_of_libublk(None)))
+    }
+
     /// Runs an entry that names no memory but `memory`, which comes back with the answer.
     fn run_entry(
         &mut self,
@@ -149,52 +178,66 @@ impl CommandRing {
         memory: Vec<u8>,
         limit: Option<Duration>,
     ) -> Result<Vec<u8>, Cause> {
-        let until = limit.map(|limit| Instant::now() + limit);
-        // Taken out: it comes back only after this command's answer.
-        let mut ring = self.take().map_err(|error| Cause::Refused(errno_of(&error)))?;
         self.last += 1;
-        let entry = entry.user_data(self.last);
-        // SAFETY: the kernel may read and write `memory` until it has answered. On each return before that, `memory` is
-        // leaked and never freed; nothing touches it meanwhile. The descriptor in the entry is open during the submission,
-        // which is all that the kernel needs it for.
-        if unsafe { ring.submission().push(&entry) }.is_err() {
-            return Err(Cause::Refused(Errno::BUSY));
-        }
-        loop {
-            let answer = ring.completion().find(|answer| answer.user_data() == self.last);
-            if let Some(answer) = answer {
-                self.ring = Some(ring);
-                return match answer.result() {
-                    refused if refused < 0 => Err(Cause::Refused(Errno::from_raw_os_error(-refused))),
-                    _ => Ok(memory),
-                };
+        let (entry, number) = (entry.user_data(self.last), self.last);
+        let (answer, ring) = self
+            .lend(|| with_ctrl_ring_mut(|ring| wait(ring, &entry, number, limit)))
+            .map_err(Cause::Refused)?;
+        let result = match answer {
+            Ok(result) => result,
+            Err(cause) => {
+                // The kernel may write to it until it has answered. The ring is given up.
+                std::mem::forget(memory);
+                return Err(cause);
             }
-            let waited = match until.map(|until| until.saturating_duration_since(Instant::now())) {
-                None => ring.submit_and_wait(1),
-                Some(left) if left.is_zero() => {
-                    std::mem::forget(memory);
-                    return Err(Cause::Unanswered(limit.unwrap_or_default()));
-                }
-                Some(left) => {
-                    let left = Timespec::from(left);
-                    ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&left))
-                }
-            };
-            match waited {
-                Ok(_) => {}
-                Err(error) if matches!(errno_of(&error), Errno::INTR | Errno::TIME) => {}
-                Err(error) => {
-                    std::mem::forget(memory);
-                    return Err(Cause::Refused(errno_of(&error)));
-                }
-            }
-        }
+        };
+        self.ring = ring;
+        if result < 0 { Err(Cause::Refused(Errno::from_raw_os_error(-result))) } else { Ok(memory) }
     }
 
-    fn take(&mut self) -> io::Result<IoUring<Entry128>> {
+    fn take(&mut self) -> io::Result<Ring> {
         match self.ring.take() {
             Some(ring) => Ok(ring),
             None => IoUring::builder().dontfork().build(4),
+        }
+    }
+}
+
+/// Puts a ring where libublk has this thread's control ring, and returns the one that was there.
+fn place_of_libublk(ring: Option<Ring>) -> Option<Ring> {
+    let mut before = None;
+    let _ = ublk_init_ctrl_task_ring(|place| {
+        before = std::mem::replace(place, ring);
+        Ok(())
+    });
+    before
+}
+
+/// Submits an entry and waits for the answer that carries its number.
+fn wait(ring: &mut Ring, entry: &Entry128, number: u64, limit: Option<Duration>) -> Result<i32, Cause> {
+    let until = limit.map(|limit| Instant::now() + limit);
+    // SAFETY: the entry names the memory that `run_entry` has, which frees it only after the answer. The descriptor in
+    // the entry is open during the submission, which is all that the kernel needs it for.
+    if unsafe { ring.submission().push(entry) }.is_err() {
+        return Err(Cause::Refused(Errno::BUSY));
+    }
+    loop {
+        let answer = ring.completion().find(|answer| answer.user_data() == number);
+        if let Some(answer) = answer {
+            return Ok(answer.result());
+        }
+        let waited = match until.map(|until| until.saturating_duration_since(Instant::now())) {
+            None => ring.submit_and_wait(1),
+            Some(left) if left.is_zero() => return Err(Cause::Unanswered(limit.unwrap_or_default())),
+            Some(left) => {
+                let left = Timespec::from(left);
+                ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&left))
+            }
+        };
+        match waited {
+            Ok(_) => {}
+            Err(error) if matches!(errno_of(&error), Errno::INTR | Errno::TIME) => {}
+            Err(error) => return Err(Cause::Refused(errno_of(&error))),
         }
     }
 }
@@ -272,6 +315,59 @@ mod tests {
         assert_eq!(read(&mut ring, &reader, None), Err(Cause::Refused(Errno::BADFD)));
         assert!(ring.ring.is_none());
         assert_eq!(read(&mut ring, &reader, None).as_deref(), Ok(b"mine".as_slice()));
+    }
+
+    #[test]
+    fn a_handle_moves_between_threads_and_leaves_no_ring_behind() {
+        let Some(mut ring) = ring() else { return };
+        let asked = |ring: &mut CommandRing| {
+            let (reader, mut writer) = pipe();
+            writer.write_all(b"mine").unwrap();
+            assert_eq!(read(ring, &reader, None).as_deref(), Ok(b"mine".as_slice()));
+            assert!(place_of_libublk(None).is_none(), "libublk keeps a ring");
+        };
+        asked(&mut ring);
+        let moved = std::thread::spawn(move || {
+            asked(&mut ring);
+            ring
+        });
+        asked(&mut moved.join().unwrap());
+    }
+
+    #[test]
+    fn signals_do_not_cut_an_answer_short() {
+        extern "C" fn noticed(_: libc::c_int) {}
+        let Some(mut ring) = ring() else { return };
+        let (reader, mut writer) = pipe();
+        // SAFETY: the handler does nothing; without SA_RESTART the wait is interrupted.
+        let waiting = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = noticed as *const () as usize;
+            libc::sigaction(libc::SIGURG, &raw const action, std::ptr::null_mut());
+            libc::pthread_self()
+        };
+        let disturber = std::thread::spawn(move || {
+            for _ in 0..50 {
+                std::thread::sleep(Duration::from_millis(2));
+                // SAFETY: the thread waits until this one has ended.
+                unsafe { libc::pthread_kill(waiting, libc::SIGURG) };
+            }
+            writer.write_all(b"mine").unwrap();
+        });
+        assert_eq!(
+            read(&mut ring, &reader, Some(Duration::from_secs(60))).as_deref(),
+            Ok(b"mine".as_slice())
+        );
+        disturber.join().unwrap();
+    }
+
+    #[test]
+    fn a_question_has_the_rights_of_its_call() {
+        let memory = [b"/dev/ublkc7\0".as_slice(), &[1; 8]].concat();
+        let call = Call { command: abi::STOP_DEV, encoded: true, id: 7, data: 9, memory, path_len: 12 };
+        let question = call.question();
+        assert_eq!((question.command, question.id, question.data), (abi::GET_DEV_INFO, 7, 0));
+        assert_eq!((&question.memory[..12], question.memory.len()), (b"/dev/ublkc7\0".as_slice(), 12 + 64));
     }
 
     #[test]

@@ -3,8 +3,14 @@
 //!
 //! Commands that only ask go out from this process. Those that change something go out from a child (`apart`), because
 //! where the kernel does not answer, the process that has sent the command cannot even end.
-//! A leaf file: the only `unsafe` makes bytes of structures.
-#![allow(unsafe_code)]
+//!
+//! | sent by | commands | because |
+//! |---|---|---|
+//! | `UblkCtrl`, in a child (`library`) | STOP, DEL, START_USER_RECOVERY, UPDATE_SIZE | it does them as they are wanted |
+//! | an entry on its control ring, in a child | ADD | it would delete somebody else's device |
+//! | the same | START, END_USER_RECOVERY | it would name the child as the server |
+//! | the same | SET_PARAMS | its parameters end before the limit on segments |
+//! | an entry on its control ring, here | those that only ask | it waits without a limit |
 
 use std::fs::File;
 use std::io;
@@ -14,18 +20,22 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::io::Errno;
 
-use super::abi::{self, Command, DeviceInfo, Features, Params};
+use super::abi::{self, Command, Described, DeviceInfo, Features, Params};
 use super::apart;
 use super::command::{Call, Cause, CommandError, CommandRing};
+use super::plain::Plain;
 
 /// The way to the driver.
 const PATH: &str = "/dev/ublk-control";
 
 /// How long the kernel may take to answer a command.
-const ANSWER: Duration = Duration::from_secs(15);
+pub(super) const ANSWER: Duration = Duration::from_secs(15);
 
 /// How long it may take to end a device: dirty pages are written first, and requests in flight are waited for.
 const ENDING: Duration = Duration::from_secs(60);
+
+/// How long it may take to begin a recovery: libublk asks for half a minute while the dead process has the device open.
+const RECOVERING: Duration = Duration::from_secs(45);
 
 /// How long it may take to start a device: kernels that scan for partitions wait for the source.
 const STARTING: Duration = Duration::from_secs(600);
@@ -104,7 +114,7 @@ impl Control {
         wish: &DeviceInfo,
         adopt: impl FnOnce(&DeviceInfo) -> Result<()>,
     ) -> Result<DeviceInfo> {
-        let mut bytes = info_bytes(wish);
+        let mut bytes = wish.bytes().to_vec();
         let mut call =
             self.call(abi::ADD_DEV, wish.dev_id, Payload { buffer: &mut bytes, ..Payload::default() });
         let answered = self.apart(&mut call, ANSWER)?;
@@ -121,7 +131,7 @@ impl Control {
     /// # Errors
     /// NODEV where there is none of that number.
     pub(super) fn info(&mut self, id: u32) -> Result<DeviceInfo, CommandError> {
-        let mut bytes = [0; size_of::<DeviceInfo>()];
+        let mut bytes = DeviceInfo::default().bytes().to_vec();
         let with_path = Payload { buffer: &mut bytes, path: Some(character_path(id)), ..Payload::default() };
         match self.ask(abi::GET_DEV_INFO2, id, with_path) {
             // Kernels before 6.4 do not know it; nor does it work where the node is still being made.
@@ -130,7 +140,7 @@ impl Control {
             }
             other => other?,
         }
-        Ok(info_from(&bytes))
+        Ok(DeviceInfo::from_bytes(&bytes).unwrap_or_default())
     }
 
     /// Returns a device as the kernel sees it.
@@ -157,15 +167,15 @@ impl Control {
 
     /// Sets size and limits; before the start.
     pub(super) fn set_params(&mut self, device: &DeviceInfo, params: &Params) -> Result<(), CommandError> {
-        let mut bytes = params_bytes(params);
+        let mut bytes = with_len(*params).bytes().to_vec();
         self.order(abi::SET_PARAMS, device, Payload { buffer: &mut bytes, ..of(device) })
     }
 
     /// Size and limits as they are.
     pub(super) fn params(&mut self, device: &DeviceInfo) -> Result<Params, CommandError> {
-        let mut bytes = params_bytes(&Params::default());
+        let mut bytes = with_len(Params::default()).bytes().to_vec();
         self.ask(abi::GET_PARAMS, device.dev_id, Payload { buffer: &mut bytes, ..of(device) })?;
-        Ok(params_from(&bytes))
+        Ok(Params::from_bytes(&bytes).unwrap_or_default())
     }
 
     /// Starts the device, for this process. Waits until every tag of every queue has been fetched.
@@ -227,6 +237,7 @@ impl Control {
     fn order(&self, command: Command, device: &DeviceInfo, payload: Payload<'_>) -> Result<(), CommandError> {
         let limit = match command {
             abi::START_DEV => STARTING,
+            abi::START_USER_RECOVERY => RECOVERING,
             abi::STOP_DEV | abi::DEL_DEV | abi::DEL_DEV_ASYNC => ENDING,
             _ => ANSWER,
         };
@@ -271,7 +282,7 @@ fn undo(call: &Call) -> Option<Call> {
 
 /// The device that the kernel has filled in.
 fn info_in(call: &Call) -> Option<DeviceInfo> {
-    call.memory.get(call.path_len..)?.try_into().ok().map(info_from)
+    DeviceInfo::from_bytes(call.memory.get(call.path_len..)?)
 }
 
 /// /dev/ublkcN: where requests come from.
@@ -300,26 +311,8 @@ fn of(device: &DeviceInfo) -> Payload<'static> {
     Payload { path: owned.then(|| character_path(device.dev_id)), ..Payload::default() }
 }
 
-fn info_bytes(info: &DeviceInfo) -> [u8; size_of::<DeviceInfo>()] {
-    // SAFETY: a repr(C) structure of integers without padding (its size is tested) has no byte that is not set.
-    unsafe { std::mem::transmute::<DeviceInfo, [u8; size_of::<DeviceInfo>()]>(*info) }
-}
-
-fn info_from(bytes: &[u8; size_of::<DeviceInfo>()]) -> DeviceInfo {
-    // SAFETY: any bytes are such integers.
-    unsafe { std::mem::transmute::<[u8; size_of::<DeviceInfo>()], DeviceInfo>(*bytes) }
-}
-
-fn params_bytes(params: &Params) -> [u8; size_of::<Params>()] {
-    let len = u32::try_from(size_of::<Params>()).unwrap_or_default();
-    let params = Params { len, ..*params };
-    // SAFETY: a repr(C) structure of integers without padding (its size is tested) has no byte that is not set.
-    unsafe { std::mem::transmute::<Params, [u8; size_of::<Params>()]>(params) }
-}
-
-fn params_from(bytes: &[u8; size_of::<Params>()]) -> Params {
-    // SAFETY: any bytes are such integers.
-    unsafe { std::mem::transmute::<[u8; size_of::<Params>()], Params>(*bytes) }
+fn with_len(params: Params) -> Params {
+    Params { len: u32::try_from(size_of::<Params>()).unwrap_or_default(), ..params }
 }
 
 #[cfg(test)]
@@ -345,21 +338,11 @@ mod tests {
             encoded: true,
             id: u32::MAX,
             data: 0,
-            memory: info_bytes(&added).to_vec(),
+            memory: added.bytes().to_vec(),
             path_len: 0,
         };
         let undone = undo(&call(abi::ADD_DEV)).unwrap();
         assert_eq!((undone.command, undone.id), (abi::DEL_DEV, 7));
         assert!(undo(&call(abi::GET_DEV_INFO)).is_none());
-    }
-
-    #[test]
-    fn structures_survive_their_bytes() {
-        let info =
-            DeviceInfo { dev_id: 7, ublksrv_pid: -1, flags: 1 << 40, owner_gid: 9, ..Default::default() };
-        let back = info_from(&info_bytes(&info));
-        assert_eq!((back.dev_id, back.ublksrv_pid, back.flags, back.owner_gid), (7, -1, 1 << 40, 9));
-        let params = Params { dev_sectors: 1 << 50, disk_minor: 3, ..Default::default() };
-        assert_eq!(params_from(&params_bytes(&params)), Params { len: 136, ..params });
     }
 }

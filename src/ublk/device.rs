@@ -1,7 +1,6 @@
 //! A device's life: made or taken over, started, seen to work, stopped and deleted. Everything here waits for the kernel:
 //! not for threads that serve.
 
-use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -11,14 +10,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bridge::Export;
+use libublk::io::UblkDev;
+use libublk::sys;
 use rustix::io::Errno;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::watch;
 
-use super::abi::{self, DeviceInfo, Features};
+use super::abi::{self, Described, DeviceInfo, Features, State};
 use super::channel::Channel;
 use super::command::{Cause, CommandError};
-use super::control::{Control, block_path, character_path};
+use super::control::{ANSWER, Control, block_path};
+use super::library;
 use super::queue;
 use super::state::{self, Record};
 use super::supervise::{self, Message};
@@ -42,7 +44,7 @@ pub(super) struct Device {
     info: DeviceInfo,
     common: Arc<Common>,
     /// /dev/ublkcN, which must be closed before the device can be deleted.
-    character: Arc<File>,
+    character: Arc<UblkDev>,
     queues: Vec<JoinHandle<()>>,
     /// Queues that are served.
     running: watch::Receiver<usize>,
@@ -142,7 +144,7 @@ impl Device {
         let mut control = Control::open()?;
         let info = wait_until_left(&mut control, id)?;
         let params = control.params(&info).context("the kernel does not tell the device's size")?;
-        let size = params.dev_sectors * abi::SECTOR;
+        let size = params.basic.dev_sectors * abi::SECTOR;
         let geometry = export.geometry();
         ensure!(
             geometry.size >= size,
@@ -151,7 +153,7 @@ impl Device {
             geometry.size,
             block_path(id)
         );
-        let read_only = params.attrs & abi::ATTR_READ_ONLY != 0;
+        let read_only = params.basic.attrs & sys::UBLK_ATTR_READ_ONLY != 0;
         ensure!(
             read_only || !geometry.read_only(),
             "{}: can only be read, and {} is written",
@@ -159,8 +161,13 @@ impl Device {
             block_path(id)
         );
         supervise::tell(Message::Device(id));
-        retry(PATIENCE, || control.start_recovery(&info))
-            .with_context(|| format!("{}: cannot be taken over", block_path(id)))?;
+        match retry(PATIENCE, || control.start_recovery(&info)) {
+            // A successor has begun, and died before it fetched anything: the kernel begins once.
+            Err(error) if error.errno() == Some(Errno::INVAL) && info.state() == State::Quiesced => {
+                tracing::debug!(%error, "the recovery has begun already");
+            }
+            begun => begun.with_context(|| format!("{}: cannot be taken over", block_path(id)))?,
+        }
         let device = Self::serve(info, export, args)?;
         record.of(id, size).write()?;
         control
@@ -174,12 +181,7 @@ impl Device {
     fn serve(info: DeviceInfo, export: Arc<Export>, args: &UblkArgs) -> Result<Self> {
         let quiet =
             args.scan_partitions == Some(false) && !info.features().contains(Features::NO_AUTO_PART_SCAN);
-        let path = character_path(info.dev_id);
-        let character = retry(PATIENCE, || {
-            let opened = File::options().read(true).write(true).open(&path);
-            opened.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        });
-        let character = Arc::new(character.with_context(|| format!("cannot open {path}"))?);
+        let character = Arc::new(library::open(&info, ANSWER)?);
         let common = Arc::new(Common::new(export, args.io_timeout));
         let (running, watching) = watch::channel(usize::from(info.nr_hw_queues));
         let running = Arc::new(running);
@@ -191,7 +193,8 @@ impl Device {
             let thread = thread::Builder::new()
                 .name(format!("ublk-{}-{queue}", info.dev_id))
                 .spawn(move || {
-                    run_queue(&info, queue, character, common, quiet, &ready);
+                    run_queue(&character, queue, common, quiet, &ready);
+                    drop(character);
                     running.send_modify(|count| *count -= 1);
                 })
                 .context("cannot start a queue's thread")?;
@@ -222,8 +225,8 @@ impl Device {
     pub(super) fn update_size(&self) -> Result<()> {
         let mut control = Control::open()?;
         let params = control.params(&self.info).context("the kernel does not tell the device's size")?;
-        let size = translate::device_size(&self.common.export.geometry(), 1 << params.logical_bs_shift);
-        if size <= params.dev_sectors * abi::SECTOR {
+        let size = translate::device_size(&self.common.export.geometry(), 1 << params.basic.logical_bs_shift);
+        if size <= params.basic.dev_sectors * abi::SECTOR {
             return Ok(());
         }
         ensure!(control.features().contains(Features::UPDATE_SIZE), FIXED);
@@ -355,9 +358,8 @@ fn wish(control: &Control, args: &UblkArgs) -> Result<DeviceInfo> {
 }
 
 fn run_queue(
-    info: &DeviceInfo,
+    device: &UblkDev,
     queue: u16,
-    character: Arc<File>,
     common: Arc<Common>,
     quiet: bool,
     ready: &mpsc::Sender<io::Result<()>>,
@@ -367,9 +369,9 @@ fn run_queue(
         let runtime = Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(BLOCKING_THREADS)
-            .thread_name(format!("pool-{}-{queue}", info.dev_id))
+            .thread_name(format!("pool-{}-{queue}", device.dev_info.dev_id))
             .build_local(LocalOptions::default())?;
-        let channel = Channel::new(character, info, queue)?;
+        let channel = Channel::new(device, queue)?;
         runtime.block_on(queue::serve(channel, common, quiet, || {
             serving = true;
             ready.send(Ok(())).is_ok()

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::abi::{Features, State};
+use super::abi::{Described, Features, State};
 use super::control::{self, Control, block_path};
 use super::device;
 use super::holders;

@@ -22,11 +22,11 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bridge::{Buffer, Data, Error, ErrorKind, FileRange, Flags, Operation, RangeOrHole, Request};
+use libublk::sys;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use tokio::io::unix::AsyncFd;
 
-use super::abi;
 use super::channel::{Channel, Event};
 use super::task::{Common, Finished, Job, Outcome, buffer_len, run};
 use super::translate;
@@ -46,7 +46,7 @@ const RESERVE: [(usize, usize); 3] = [(4 << 10, 64), (64 << 10, 16), (512 << 10,
 /// Serves the queue until the kernel wants no more of it. `ready` is called once every tag is fetched. `quiet` keeps
 /// kernels without NO_AUTO_PART_SCAN from reading the partition table.
 pub(super) async fn serve(
-    mut channel: Channel,
+    mut channel: Channel<'_>,
     common: Arc<Common>,
     quiet: bool,
     ready: impl FnOnce() -> bool,
@@ -57,9 +57,6 @@ pub(super) async fn serve(
     reserve.iter_mut().for_each(|buffer| buffer.fill(1));
     drop(reserve);
     let depth = channel.depth();
-    for tag in 0..depth {
-        channel.fetch(tag)?;
-    }
     if quiet {
         without_sys_admin(|| channel.submit())?
     } else {
@@ -113,8 +110,8 @@ struct Tag {
     filling: Option<(Request, FileRange, Instant)>,
 }
 
-struct Queue {
-    channel: Channel,
+struct Queue<'d> {
+    channel: Channel<'d>,
     watch: AsyncFd<OwnedFd>,
     tags: Box<[Tag]>,
     /// Tags that have not been aborted.
@@ -131,7 +128,7 @@ struct Queue {
     fills: u64,
 }
 
-impl Queue {
+impl Queue<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         for _ in 0..ROUNDS {
             match self.round() {
@@ -191,7 +188,7 @@ impl Queue {
     fn take(&mut self, tag: u16, result: i32, arrived: Instant) -> io::Result<()> {
         match result {
             0 => self.begin(tag, arrived),
-            abi::IO_RES_ABORT => {
+            sys::UBLK_IO_RES_ABORT => {
                 self.fetched -= 1;
                 Ok(())
             }
@@ -271,14 +268,14 @@ impl Queue {
         let len = buffer_len(request);
         let done = match request.operation {
             Operation::Read => {
-                let buffer = match self.channel.outgoing(tag, len) {
+                let buffer = match self.channel.data.outgoing(tag, len) {
                     Ok(buffer) => buffer,
                     Err(errno) => return Some(-errno.raw_os_error()),
                 };
                 let done = self.common.export.try_execute(request, Data::Into(buffer), arrived)?;
-                done.map(|()| self.channel.filled(tag, len))
+                done.map(|()| self.channel.data.filled(tag, len))
             }
-            Operation::Write => match self.channel.incoming(tag, len) {
+            Operation::Write => match self.channel.data.incoming(tag, len) {
                 Ok(data) => self.common.export.try_execute(request, Data::From(data), arrived)?.map(Ok),
                 Err(errno) => Ok(Err(errno)),
             },
@@ -298,7 +295,7 @@ impl Queue {
             Operation::Read => Some(Buffer::new(bytes)),
             Operation::Write => {
                 let mut data = Buffer::new(bytes);
-                if let Err(errno) = self.channel.incoming_into(tag, &mut data) {
+                if let Err(errno) = self.channel.data.incoming_into(tag, &mut data) {
                     self.tags[usize::from(tag)].busy = false;
                     return self.channel.commit(tag, -errno.raw_os_error());
                 }
@@ -361,7 +358,7 @@ impl Queue {
     }
 
     fn hand_over(&mut self, tag: u16, request: &Request, found: Option<Buffer>) -> i32 {
-        match found.map(|data| self.channel.outgoing_from(tag, &data)) {
+        match found.map(|data| self.channel.data.outgoing_from(tag, &data)) {
             None | Some(Ok(())) => translate::success(request),
             Some(Err(errno)) => -errno.raw_os_error(),
         }

@@ -1,4 +1,5 @@
-//! Signals for a process without threads that waits for another one: blocked, and taken one by one.
+//! Signals for a process without threads that waits for another one: blocked, and taken one by one. And none at all, for
+//! who must not be interrupted.
 //! A leaf file: the only `unsafe` is the C library's signal sets.
 #![allow(unsafe_code)]
 
@@ -58,6 +59,16 @@ impl Signals {
     pub(super) fn restore(&self) {
         // SAFETY: the set is read.
         unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
+
+/// Blocks every signal on this thread that can be blocked.
+pub(super) fn block_all() {
+    // SAFETY: sigset_t is a plain C structure, for which all zeroes is a value; the calls write into ours.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
     }
 }
 

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, getpid};
 
-use super::abi::State;
+use super::abi::{Described, State};
 use super::control::{Control, block_path};
 use super::memory;
 use super::state;

@@ -22,7 +22,7 @@ use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, getpid, setpgid};
 
-use super::abi::State;
+use super::abi::{Described, State};
 use super::control::{Control, block_path};
 use super::device::bury;
 use super::memory;

@@ -1,8 +1,9 @@
 //! The kernel's words and the pipeline's: descriptors to requests, errors to errno, geometry to limits. Pure functions.
 
 use bridge::{Capabilities, Error, ErrorKind, Flags, Geometry, Operation, Request};
+use libublk::sys;
 
-use super::abi::{self, IoDescriptor, Params};
+use super::abi::{Params, SECTOR};
 
 /// Largest discard and zeroes that the kernel may send at once. They cost a file system little, other sources more.
 const MAX_DISCARD_BYTES: u64 = 1 << 30;
@@ -12,24 +13,24 @@ const MIN_BLOCK: u32 = 512;
 const MAX_BLOCK: u32 = 4096;
 
 /// What a descriptor asks for; None for an operation that was not announced.
-pub(super) fn request(descriptor: &IoDescriptor) -> Option<Request> {
+pub(super) fn request(descriptor: &sys::ublksrv_io_desc) -> Option<Request> {
     let operation = match descriptor.op_flags & 0xff {
-        abi::IO_OP_READ => Operation::Read,
-        abi::IO_OP_WRITE => Operation::Write,
-        abi::IO_OP_FLUSH => return Some(Request::flush()),
-        abi::IO_OP_DISCARD => Operation::Trim,
-        abi::IO_OP_WRITE_ZEROES => Operation::WriteZeroes,
+        sys::UBLK_IO_OP_READ => Operation::Read,
+        sys::UBLK_IO_OP_WRITE => Operation::Write,
+        sys::UBLK_IO_OP_FLUSH => return Some(Request::flush()),
+        sys::UBLK_IO_OP_DISCARD => Operation::Trim,
+        sys::UBLK_IO_OP_WRITE_ZEROES => Operation::WriteZeroes,
         _ => return None,
     };
     let mut flags = Flags::NONE;
-    if operation.changes_data() && descriptor.op_flags & abi::IO_F_FUA != 0 {
+    if operation.changes_data() && descriptor.op_flags & sys::UBLK_IO_F_FUA != 0 {
         flags |= Flags::FUA;
     }
-    if operation == Operation::WriteZeroes && descriptor.op_flags & abi::IO_F_NOUNMAP != 0 {
+    if operation == Operation::WriteZeroes && descriptor.op_flags & sys::UBLK_IO_F_NOUNMAP != 0 {
         flags |= Flags::NO_HOLE;
     }
-    let offset = descriptor.start_sector.checked_mul(abi::SECTOR)?;
-    let len = u64::from(descriptor.nr_sectors) * abi::SECTOR;
+    let offset = descriptor.start_sector.checked_mul(SECTOR)?;
+    let len = u64::from(descriptor.nr_sectors) * SECTOR;
     Some(Request::new(operation, offset, len).with_flags(flags))
 }
 
@@ -83,36 +84,45 @@ pub(super) fn params(geometry: &Geometry, size: u64, logical: u32, io_size: u32)
     let caps = geometry.capabilities;
     let physical = geometry.preferred_block.clamp(logical, MAX_BLOCK);
     let attrs = [
-        (Capabilities::READ_ONLY, abi::ATTR_READ_ONLY),
-        (Capabilities::ROTATIONAL, abi::ATTR_ROTATIONAL),
-        (Capabilities::FLUSH, abi::ATTR_VOLATILE_CACHE),
+        (Capabilities::READ_ONLY, sys::UBLK_ATTR_READ_ONLY),
+        (Capabilities::ROTATIONAL, sys::UBLK_ATTR_ROTATIONAL),
+        (Capabilities::FLUSH, sys::UBLK_ATTR_VOLATILE_CACHE),
         // FUA means something only beside a cache.
-        (Capabilities::FLUSH | Capabilities::FUA, abi::ATTR_FUA),
+        (Capabilities::FLUSH | Capabilities::FUA, sys::UBLK_ATTR_FUA),
     ];
     let attrs = attrs.iter().filter(|(need, _)| caps.contains(*need)).fold(0, |all, (_, attr)| all | attr);
     let at_once = |able| if able { sectors(MAX_DISCARD_BYTES) } else { 0 };
     let (trim, zeroes) = (caps.contains(Capabilities::TRIM), caps.contains(Capabilities::WRITE_ZEROES));
     let changes = !geometry.read_only() && (trim || zeroes);
     let mut params = Params {
-        types: abi::PARAM_TYPE_BASIC | abi::PARAM_TYPE_SEGMENT,
-        attrs,
-        logical_bs_shift: shift(logical),
-        physical_bs_shift: shift(physical),
-        io_opt_shift: shift(physical),
-        io_min_shift: shift(physical),
-        max_sectors: sectors(u64::from(io_size)),
-        dev_sectors: size / abi::SECTOR,
-        seg_boundary_mask: u64::from(u32::MAX),
-        max_segment_size: u32::MAX,
-        max_segments: segments(io_size),
+        types: sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_SEGMENT,
+        basic: sys::ublk_param_basic {
+            attrs,
+            logical_bs_shift: shift(logical),
+            physical_bs_shift: shift(physical),
+            io_opt_shift: shift(physical),
+            io_min_shift: shift(physical),
+            max_sectors: sectors(u64::from(io_size)),
+            dev_sectors: size / SECTOR,
+            ..Default::default()
+        },
+        segment: sys::ublk_param_segment {
+            seg_boundary_mask: u64::from(u32::MAX),
+            max_segment_size: u32::MAX,
+            max_segments: segments(io_size),
+            ..Default::default()
+        },
         ..Params::default()
     };
     if changes {
-        params.types |= abi::PARAM_TYPE_DISCARD;
-        params.discard_granularity = physical;
-        params.max_discard_sectors = at_once(trim);
-        params.max_write_zeroes_sectors = at_once(zeroes);
-        params.max_discard_segments = 1;
+        params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        params.discard = sys::ublk_param_discard {
+            discard_granularity: physical,
+            max_discard_sectors: at_once(trim),
+            max_write_zeroes_sectors: at_once(zeroes),
+            max_discard_segments: 1,
+            ..Default::default()
+        };
     }
     params
 }
@@ -130,7 +140,7 @@ pub(super) fn device_size(geometry: &Geometry, logical: u32) -> u64 {
 }
 
 fn sectors(bytes: u64) -> u32 {
-    u32::try_from(bytes / abi::SECTOR).unwrap_or(u32::MAX)
+    u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX)
 }
 
 fn shift(block: u32) -> u8 {
@@ -141,21 +151,21 @@ fn shift(block: u32) -> u8 {
 mod tests {
     use super::*;
 
-    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> IoDescriptor {
-        IoDescriptor { op_flags, nr_sectors, start_sector, addr: 0 }
+    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> sys::ublksrv_io_desc {
+        sys::ublksrv_io_desc { op_flags, nr_sectors, start_sector, addr: 0 }
     }
 
     #[test]
     fn descriptors_are_requests() {
-        let fua = abi::IO_F_FUA;
+        let fua = sys::UBLK_IO_F_FUA;
         let table = [
-            (abi::IO_OP_READ | fua, Request::new(Operation::Read, 4096, 8192)),
-            (abi::IO_OP_WRITE, Request::new(Operation::Write, 4096, 8192)),
-            (abi::IO_OP_WRITE | fua, Request::new(Operation::Write, 4096, 8192).with_flags(Flags::FUA)),
-            (abi::IO_OP_FLUSH, Request::flush()),
-            (abi::IO_OP_DISCARD, Request::new(Operation::Trim, 4096, 8192)),
+            (sys::UBLK_IO_OP_READ | fua, Request::new(Operation::Read, 4096, 8192)),
+            (sys::UBLK_IO_OP_WRITE, Request::new(Operation::Write, 4096, 8192)),
+            (sys::UBLK_IO_OP_WRITE | fua, Request::new(Operation::Write, 4096, 8192).with_flags(Flags::FUA)),
+            (sys::UBLK_IO_OP_FLUSH, Request::flush()),
+            (sys::UBLK_IO_OP_DISCARD, Request::new(Operation::Trim, 4096, 8192)),
             (
-                abi::IO_OP_WRITE_ZEROES | abi::IO_F_NOUNMAP,
+                sys::UBLK_IO_OP_WRITE_ZEROES | sys::UBLK_IO_F_NOUNMAP,
                 Request::new(Operation::WriteZeroes, 4096, 8192).with_flags(Flags::NO_HOLE),
             ),
         ];
@@ -164,7 +174,7 @@ mod tests {
         }
         // Zoned commands, and a place that no device has.
         assert_eq!(request(&descriptor(13, 8, 16)), None);
-        assert_eq!(request(&descriptor(abi::IO_OP_READ, u64::MAX / 2, 16)), None);
+        assert_eq!(request(&descriptor(sys::UBLK_IO_OP_READ, u64::MAX / 2, 16)), None);
     }
 
     #[test]
@@ -201,18 +211,19 @@ mod tests {
         let size = device_size(&geometry, logical);
         assert_eq!(size, 9728);
         let params = params(&geometry, size, logical, 512 << 10);
-        assert_eq!((params.dev_sectors, params.max_sectors), (19, 1024));
-        assert_eq!((params.logical_bs_shift, params.physical_bs_shift), (9, 12));
-        assert_eq!(params.attrs, abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA);
-        assert_eq!((params.types, params.max_discard_segments), (1 | 2 | 32, 1));
-        assert_eq!((params.max_segments, params.max_segment_size), (129, u32::MAX));
-        assert_eq!((params.max_discard_sectors, params.discard_granularity), (2 << 20, 4096));
+        let basic = params.basic;
+        assert_eq!((basic.dev_sectors, basic.max_sectors), (19, 1024));
+        assert_eq!((basic.logical_bs_shift, basic.physical_bs_shift), (9, 12));
+        assert_eq!(basic.attrs, sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA);
+        assert_eq!((params.types, params.discard.max_discard_segments), (1 | 2 | 32, 1));
+        assert_eq!((params.segment.max_segments, params.segment.max_segment_size), (129, u32::MAX));
+        assert_eq!((params.discard.max_discard_sectors, params.discard.discard_granularity), (2 << 20, 4096));
 
         let plain = Geometry { capabilities: Capabilities::READ_ONLY | all, ..geometry };
         let params = super::params(&plain, size, logical, 512 << 10);
-        assert_eq!(params.types, abi::PARAM_TYPE_BASIC | abi::PARAM_TYPE_SEGMENT);
-        assert_eq!(params.attrs & abi::ATTR_READ_ONLY, abi::ATTR_READ_ONLY);
+        assert_eq!(params.types, sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_SEGMENT);
+        assert_eq!(params.basic.attrs & sys::UBLK_ATTR_READ_ONLY, sys::UBLK_ATTR_READ_ONLY);
         let unsafe_cache = Geometry { capabilities: Capabilities::FUA, ..geometry };
-        assert_eq!(super::params(&unsafe_cache, size, logical, 512 << 10).attrs, 0);
+        assert_eq!(super::params(&unsafe_cache, size, logical, 512 << 10).basic.attrs, 0);
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use rustix::fs::{Access, AtFlags, CWD, major, minor};
 use rustix::io::Errno;
 
-use super::abi::{self, DeviceInfo, Features, State};
+use super::abi::{self, Described, DeviceInfo, Features, State};
 use super::command::CommandError;
 use super::control::{Control, block_path};
 
