@@ -45,6 +45,7 @@ fn on_a_newer_kernel() {
         "resize",
         "large_reads",
         "volume_grow",
+        "library",
     ];
     suite("on_a_newer_kernel", &["--kernel", "new"], &names);
 }
