@@ -1,5 +1,7 @@
 //! Names in images, and images that are read although something is wrong with them.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 
 use super::*;
@@ -221,4 +223,49 @@ fn vmdk_descriptors_of_each_product() {
     let server = Server::serve(&[text(&vmdk), "-r"]);
     let read = Negotiation::begin(server.stream()).enter(ReplyStyle::Structured, "").read(0, 2048);
     assert!(read[..1000] == [8; 1000] && read[1000..] == [0; 1048]);
+}
+
+/// Names are bytes to the system: an image over such a file is made, described, read and written.
+#[test]
+fn names_that_are_not_utf_8() {
+    let place = Place::new();
+    let folder = place.path("");
+    let base = folder.join(OsStr::from_bytes(b"b\xff\nase"));
+    fs::write(&base, [0x42; 1 << 20]).unwrap();
+    let run = |words: &[&OsStr]| {
+        let output = Command::new(support::PROGRAM).args(words).current_dir(&folder).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let create = ["create", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
+    run(&[&create[..], &[base.file_name().unwrap(), "top.qcow2".as_ref()]].concat());
+    let told = run(&["info".as_ref(), "top.qcow2".as_ref()]);
+    assert!(told.contains("ase (raw)") && !told.contains("problem"), "{told}");
+    let image = place.path("top.qcow2");
+    for byte in 1..4 {
+        let server = Server::serve(&[text(&image)]);
+        let mut client = server.client(ReplyStyle::Structured);
+        assert_eq!(client.read(4096, 1), [if byte == 1 { 0x42 } else { byte - 1 }]);
+        client.write(4096, &[byte; 4096]);
+        assert_eq!(client.read(0, 1), [0x42]);
+        client.disconnect();
+        server.stop();
+        let bytes = fs::read(&image).unwrap();
+        assert!(bytes.windows(6).any(|name| name == b"b\xff\nase"), "the name has changed");
+    }
+}
+
+/// A sparse vmdk image is refused for what it is, also where it would be written.
+#[test]
+fn advice_about_vmdk_images_is_true() {
+    if !has_qemu_img("advice_about_vmdk_images_is_true") {
+        return;
+    }
+    let place = Place::new();
+    let image = place.path("sparse.vmdk");
+    qemu_img(&["create", "-q", "-f", "vmdk", text(&image), "1M"]);
+    for args in [&[text(&image)][..], &[text(&image), "-r"]] {
+        let line = refusal(args);
+        assert!(line.contains("sparse") && !line.contains("--read-only"), "{line}");
+    }
 }

@@ -254,6 +254,7 @@ pub(super) async fn open(path: &Path, options: &ImageOptions) -> Result<(Parts, 
         if let Some(found) = &layer.header {
             // Of the image itself it may have changed.
             host.hide_damage(if n == 0 { &header } else { found });
+            host.hide_names(found.odd_names.clone());
         }
     }
     let mut image: Option<FormatAccess<Host>> = None;
@@ -376,13 +377,15 @@ async fn build(
         }
         ImageFormat::Raw => Raw::open_image(host, false).await.map(FormatAccess::new).map_err(failed),
         ImageFormat::Vmdk => {
+            // First what no option changes.
+            let image = super::vmdk::open(&layer.path, &host, files).await?;
             if is_top && !files.options.file.read_only {
                 return Err(unsupported(
                     &layer.path,
                     "is a vmdk image, which can only be read; serve it with --read-only".into(),
                 ));
             }
-            super::vmdk::open(&layer.path, &host, files).await
+            Ok(image)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Making a qcow2 image.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -80,7 +81,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<u64, OpenError> {
 }
 
 struct Backing {
-    name: String,
+    name: OsString,
     format: ImageFormat,
     size: u64,
 }
@@ -116,11 +117,7 @@ fn look_at(path: &Path, name: &Path, options: &CreateOptions) -> Result<Backing,
         let options = ImageOptions { file, format, access };
         ImageBackend::open(&found, &options)?.geometry().size
     };
-    let name = name.to_str().ok_or_else(|| OpenError::Unsupported {
-        path: found.clone(),
-        reason: "has a name that is not UTF-8, which an image cannot hold".into(),
-    })?;
-    Ok(Backing { name: name.to_owned(), format, size })
+    Ok(Backing { name: name.as_os_str().to_owned(), format, size })
 }
 
 /// Whether an L1 table of the largest size that qemu takes, 32 MiB, is enough.
@@ -141,8 +138,15 @@ async fn fill(
     let mut builder = Qcow2::<Host>::create_builder(host.clone())
         .size(size)
         .cluster_size(usize::try_from(options.cluster_size).unwrap_or(usize::MAX));
-    if let Some(backing) = backing {
-        builder = builder.backing(backing.name, backing.format.name().into());
+    let mut odd_name = None;
+    if let Some(Backing { name, format, .. }) = backing {
+        // imago takes text; other bytes are put in the place of text of the same length.
+        let text = name.into_string().unwrap_or_else(|name| {
+            let text = "?".repeat(name.len());
+            odd_name = Some(name);
+            text
+        });
+        builder = builder.backing(text, format.name().into());
     }
     // The backing image is no part of this: nothing of it is read.
     let image = builder
@@ -152,6 +156,9 @@ async fn fill(
         .await?;
     let image = imago::FormatAccess::new(image);
     image.flush().await?;
+    if let Some(name) = odd_name {
+        host.keep_backing_name(&name).await?;
+    }
     commit::write(&host, &host.kept()).await?;
     host.clear_kept();
     Ok(())

@@ -3,7 +3,10 @@
 //!
 //! Source: QEMU, docs/interop/qcow2.txt. The limits are QEMU's own (block/qcow2.h).
 
+use std::ffi::OsString;
 use std::fs::File;
+use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
@@ -73,9 +76,11 @@ pub(super) struct Header {
     pub(super) autoclear: u64,
     /// Length of the header without its extensions, in bytes.
     pub(super) length: usize,
-    pub(super) backing: Option<String>,
+    pub(super) backing: Option<OsString>,
     pub(super) backing_format: Option<String>,
-    pub(super) data_file: Option<String>,
+    pub(super) data_file: Option<OsString>,
+    /// Names that are not UTF-8: their places in the file in bytes, and what is there.
+    pub(super) odd_names: Vec<(Range<usize>, Vec<u8>)>,
     pub(super) bitmaps: u32,
 }
 
@@ -193,7 +198,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Header, String> {
             return Err(malformed(&format!("a backing file's name of {} bytes", backing.1)));
         }
         let start = usize::try_from(backing.0).map_err(|_| malformed("the backing file's name"))?;
-        header.backing = Some(text(fields.bytes(start, index(backing.1))?, "the backing file's name")?);
+        header.backing =
+            Some(name(&fields, start, index(backing.1), "the backing file's name", &mut header.odd_names)?);
     }
     if header.version == 3 {
         extensions(&fields, &mut header)?;
@@ -304,7 +310,8 @@ fn extensions(fields: &Fields<'_>, header: &mut Header) -> Result<(), String> {
                 header.backing_format = Some(text(fields.bytes(data, len)?, "the backing file's format")?);
             }
             EXTENSION_DATA_FILE => {
-                header.data_file = Some(text(fields.bytes(data, len)?, "the data file's name")?);
+                header.data_file =
+                    Some(name(fields, data, len, "the data file's name", &mut header.odd_names)?);
             }
             EXTENSION_BITMAPS if len >= 4 => header.bitmaps = fields.u32(data)?,
             _ => {}
@@ -331,6 +338,24 @@ impl Fields<'_> {
     fn u64(&self, at: usize) -> Result<u64, String> {
         Ok(u64::from(self.u32(at)?) << 32 | u64::from(self.u32(at + 4)?))
     }
+}
+
+/// Reads the name of a file, which is bytes to the system.
+fn name(
+    fields: &Fields<'_>,
+    at: usize,
+    len: usize,
+    what: &str,
+    odd: &mut Vec<(Range<usize>, Vec<u8>)>,
+) -> Result<OsString, String> {
+    let bytes = fields.bytes(at, len)?;
+    if bytes.contains(&0) {
+        return Err(malformed(what));
+    }
+    if std::str::from_utf8(bytes).is_err() {
+        odd.push((at..at + len, bytes.to_vec()));
+    }
+    Ok(OsString::from_vec(bytes.to_vec()))
 }
 
 fn text(bytes: &[u8], what: &str) -> Result<String, String> {
@@ -378,9 +403,21 @@ mod tests {
     fn a_header_is_read() {
         let header = parse(&valid()).unwrap();
         assert_eq!((header.size, header.cluster_size(), header.l1_entries), (1 << 30, 65536, 2));
-        assert_eq!(header.backing.as_deref(), Some("b.img"));
+        assert_eq!(header.backing.as_deref(), Some("b.img".as_ref()));
+        assert!(header.odd_names.is_empty());
         assert_eq!(header.backing_format.as_deref(), Some("raw"));
         assert_eq!(header.refusal(Path::new("x"), false), None);
+    }
+
+    #[test]
+    fn names_need_not_be_utf_8() {
+        let mut bytes = valid();
+        bytes[202] = 0xff;
+        let header = parse(&bytes).unwrap();
+        assert_eq!(header.backing, Some(OsString::from_vec(b"b.\xffmg".to_vec())));
+        assert_eq!(header.odd_names, [(200..205, b"b.\xffmg".to_vec())]);
+        bytes[202] = 0;
+        parse(&bytes).unwrap_err();
     }
 
     #[test]

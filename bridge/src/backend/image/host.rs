@@ -14,6 +14,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -77,6 +78,8 @@ struct Inner {
     tables: OnceLock<(u64, Tables)>,
     /// Its tables contradict each other: nothing that is kept back may go to the file.
     corrupt: AtomicBool,
+    /// Names in the header that imago must not see, with their bytes.
+    hidden_names: OnceLock<Vec<(Range<usize>, Vec<u8>)>>,
     /// imago does not see the header's marks for dirty and corrupt.
     marks_hidden: AtomicBool,
     /// That something is wrong with it has been said.
@@ -117,6 +120,7 @@ impl Host {
             cluster: OnceLock::new(),
             tables: OnceLock::new(),
             corrupt: AtomicBool::new(false),
+            hidden_names: OnceLock::new(),
             marks_hidden: AtomicBool::new(false),
             told: AtomicBool::new(false),
             #[cfg(test)]
@@ -325,6 +329,7 @@ impl Storage for Host {
             self.count_known_anyway();
         }
         self.without_marks(offset, &mut buf);
+        self.without_names(offset, &mut buf);
         bufv.copy_from_slice(&buf);
         Ok(())
     }
@@ -334,6 +339,7 @@ impl Storage for Host {
         let mut bytes = vec![0; usize::try_from(bufv.len()).map_err(io::Error::other)?];
         bufv.copy_into_slice(&mut bytes);
         self.count_table(offset, bufv.len());
+        self.with_names(offset, &mut bytes);
         if let Some(damage) = self.0.damage.get() {
             damage.restore(offset, &mut bytes);
         }

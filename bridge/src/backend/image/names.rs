@@ -4,6 +4,8 @@
 //! `json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}` and the same with dots in the keys.
 
 use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -67,8 +69,8 @@ impl Policy {
     fn follow(&mut self, image: &Path, name: &Path, what: &str, any: bool) -> Result<PathBuf> {
         let refuse = |reason: String| Err(unsupported(image, reason));
         let text = name.to_string_lossy();
-        let plain = match text.strip_prefix("file:") {
-            Some(plain) => Path::new(plain),
+        let plain = match name.as_os_str().as_bytes().strip_prefix(b"file:") {
+            Some(plain) => Path::new(OsStr::from_bytes(plain)),
             None if text.split_once(':').is_some_and(|(scheme, _)| is_scheme(scheme)) => {
                 return refuse(format!("its {what} `{text}` is no path, and only paths are followed"));
             }
@@ -143,7 +145,7 @@ fn canonical(path: &Path) -> Result<PathBuf> {
 /// A backing file's name and the name of its format, where the name tells it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct BackingName {
-    pub(super) path: String,
+    pub(super) path: OsString,
     pub(super) format: Option<String>,
 }
 
@@ -151,12 +153,13 @@ pub(super) struct BackingName {
 ///
 /// # Errors
 /// The end of a line: it is a `json:` name that cannot be followed.
-pub(super) fn parse_backing(name: &str) -> std::result::Result<BackingName, String> {
-    let Some(text) = name.strip_prefix("json:") else {
+pub(super) fn parse_backing(name: &OsStr) -> std::result::Result<BackingName, String> {
+    let Some(text) = name.as_bytes().strip_prefix(b"json:") else {
         return Ok(BackingName { path: name.to_owned(), format: None });
     };
+    let name = name.display();
     let no_path = || format!("its backing file `{name}` is no path, and only paths are followed");
-    let Ok(Value::Object(mut node)) = serde_json::from_str(text) else { return Err(no_path()) };
+    let Ok(Value::Object(mut node)) = serde_json::from_slice(text) else { return Err(no_path()) };
     let format = take(&mut node, "driver");
     let protocol = |driver: Option<&str>| matches!(driver, None | Some("file" | "host_device"));
     let below = match node.remove("file") {
@@ -184,7 +187,7 @@ pub(super) fn parse_backing(name: &str) -> std::result::Result<BackingName, Stri
     let Some(path) = take(&mut file, "filename") else { return Err(no_path()) };
     match file.keys().chain(rest.keys()).find(|key| !HARMLESS.contains(&key.as_str())) {
         Some(key) => Err(format!("its backing file `{name}` has the key `{key}`, which is not followed")),
-        None => Ok(BackingName { path, format }),
+        None => Ok(BackingName { path: path.into(), format }),
     }
 }
 
@@ -218,7 +221,7 @@ mod tests {
     #[test]
     fn names_of_backing_files() {
         let name = |path: &str, format: Option<&str>| {
-            Ok(BackingName { path: path.to_owned(), format: format.map(str::to_owned) })
+            Ok(BackingName { path: path.into(), format: format.map(str::to_owned) })
         };
         for (text, path, format) in [
             ("a: b.img", "a: b.img", None),
@@ -233,7 +236,7 @@ mod tests {
                 Some("qcow2"),
             ),
         ] {
-            assert_eq!(parse_backing(text), name(path, format), "{text}");
+            assert_eq!(parse_backing(text.as_ref()), name(path, format), "{text}");
         }
         for (text, word) in [
             ("json:", "only paths"),
@@ -245,7 +248,7 @@ mod tests {
             (r#"json:{"driver":"raw","offset":512,"file":{"driver":"file","filename":"b"}}"#, "`offset`"),
             (r#"json:{"driver":"qcow2","file":{"filename":"b"},"backing":null}"#, "`backing`"),
         ] {
-            let error = parse_backing(text).unwrap_err();
+            let error = parse_backing(text.as_ref()).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
     }

@@ -1,7 +1,9 @@
 //! Metadata that is kept back in memory, in blocks of 512 bytes, until a commit brings it to the file.
 #![deny(unsafe_code)]
 
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -140,6 +142,13 @@ impl Host {
     /// Keeps back the size of the disk, in bytes, as the header is to say it.
     pub(in crate::backend::image) async fn keep_size(&self, size: u64) -> io::Result<()> {
         self.keep(header::SIZE_OFFSET, &size.to_be_bytes()).await
+    }
+
+    /// Keeps back the name of the backing file, in the place of one of the same length.
+    pub(in crate::backend::image) async fn keep_backing_name(&self, name: &OsStr) -> io::Result<()> {
+        let header = self.read(0, index(BLOCK)).await?;
+        let at = header.get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_be_bytes);
+        self.keep(at, name.as_bytes()).await
     }
 
     /// Has new tables guarded, before the pointer to them is kept back.

@@ -1,8 +1,9 @@
 //! Marks in an image's header: in use by this program, and dirty or corrupt, which imago must not see where the image is
-//! only read.
+//! only read. And names there, which imago takes for text.
 #![deny(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{BLOCK, Host, header, index, to_io};
@@ -40,4 +41,38 @@ impl Host {
             *byte &= !header::MARKS;
         }
     }
+
+    /// Has imago read other bytes in the place of names that are not UTF-8: the files that they lead to are open already.
+    pub(in crate::backend::image) fn hide_names(&self, names: Vec<(Range<usize>, Vec<u8>)>) {
+        // There is one image in a file, which is opened once.
+        let _ = self.0.hidden_names.set(names);
+    }
+
+    /// Hides names in bytes that imago reads at `offset`.
+    pub(super) fn without_names(&self, offset: u64, bytes: &mut [u8]) {
+        for (place, _) in self.0.hidden_names.get().into_iter().flatten() {
+            for at in place.clone() {
+                if let Some(byte) = byte_at(bytes, offset, at) {
+                    *byte = b'?';
+                }
+            }
+        }
+    }
+
+    /// Puts the names back into bytes that imago writes at `offset`.
+    pub(super) fn with_names(&self, offset: u64, bytes: &mut [u8]) {
+        for (place, name) in self.0.hidden_names.get().into_iter().flatten() {
+            for (at, original) in place.clone().zip(name) {
+                if let Some(byte) = byte_at(bytes, offset, at) {
+                    *byte = *original;
+                }
+            }
+        }
+    }
+}
+
+/// The byte at `at` of the file, in bytes that lie at `offset`.
+fn byte_at(bytes: &mut [u8], offset: u64, at: usize) -> Option<&mut u8> {
+    let within = u64::try_from(at).ok()?.checked_sub(offset)?;
+    bytes.get_mut(usize::try_from(within).ok()?)
 }
