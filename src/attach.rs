@@ -114,10 +114,12 @@ impl LoopDoor {
         std::future::pending().await
     }
 
-    /// Lets go of the file; where the device is in use, as soon as it is not. Once only.
+    /// Lets go of the file; where the device is in use, as soon as it is not. Cancel-safe: what was left half way is done
+    /// again, which finds the device as it is.
     async fn detach(&self) {
-        if self.attached.replace(false) {
+        if self.attached.get() {
             detach_from(&self.device, self.file.path()).await;
+            self.attached.set(false);
         }
     }
 }
@@ -210,6 +212,8 @@ impl Door for LoopDoor {
     fn cut(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
             let _ = tokio::time::timeout(CUT_LIMIT, self.detach()).await;
+            // It is not waited for once more.
+            self.attached.set(false);
             self.file.cut().await;
         })
     }

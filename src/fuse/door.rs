@@ -8,7 +8,6 @@
 //!
 //! All system calls on the mounted file are made by helper processes (see `helper`).
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bridge::{Budget, Capabilities, Export, LocalFuture};
 use fuser::{Config, Session, SessionACL};
 use tokio::runtime::Handle;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{OnceCell, RwLock, watch};
 
 use super::attributes::Attributes;
 use super::file::DiskFile;
@@ -63,7 +62,8 @@ pub(crate) struct FuseDoor {
     /// How often the file is open.
     opened: watch::Receiver<u64>,
     /// The file cannot be found under its path any more.
-    unmounted: Cell<bool>,
+    /// How it was unmounted, or given up. An attempt that is left half way begins anew.
+    unmounted: OnceCell<Unmounted>,
     drain_timeout: Duration,
     /// The export's.
     size: watch::Receiver<u64>,
@@ -128,7 +128,7 @@ impl FuseDoor {
             number,
             ended,
             opened,
-            unmounted: Cell::new(false),
+            unmounted: OnceCell::new(),
             drain_timeout: site.process.drain_timeout,
             size,
             point,
@@ -162,14 +162,16 @@ impl FuseDoor {
         std::future::pending().await
     }
 
-    /// Unmounts, lazily where it is in use; says whether it was in use.
+    /// Unmounts, lazily where it is in use; says whether it was in use. Cancel-safe: the next call goes on until it is done.
     async fn take_away(&self) -> Unmounted {
-        if self.unmounted.get() || *self.ended.borrow() {
+        if *self.ended.borrow() {
             return Unmounted::Yes;
         }
-        self.unmounted.set(true);
-        let first = self.unmount(false).await;
-        let unmounted = match first {
+        *self.unmounted.get_or_init(|| self.unmount_whole()).await
+    }
+
+    async fn unmount_whole(&self) -> Unmounted {
+        let unmounted = match self.unmount(false).await {
             Ok(Unmounted::Busy) => {
                 if self.note.attachment().device.is_none() {
                     tracing::warn!(
@@ -222,7 +224,7 @@ impl FuseDoor {
 impl Drop for FuseDoor {
     /// Undoes a start that another step has cut short. After an end in good order there is nothing left to do.
     fn drop(&mut self) {
-        if self.unmounted.get() || *self.ended.borrow() {
+        if self.unmounted.initialized() || *self.ended.borrow() {
             return;
         }
         let task = Task::Unmount { file: &self.point.path, number: &self.number, lazily: true };
@@ -277,7 +279,10 @@ impl Door for FuseDoor {
 
     fn cut(&self) -> LocalFuture<'_, ()> {
         Box::pin(async {
-            let _ = tokio::time::timeout(CUT_LIMIT, self.take_away()).await;
+            if tokio::time::timeout(CUT_LIMIT, self.take_away()).await.is_err() {
+                // It is not waited for once more.
+                let _ = self.unmounted.set(Unmounted::Busy);
+            }
         })
     }
 }
