@@ -222,13 +222,20 @@ impl FuseDoor {
 }
 
 impl Drop for FuseDoor {
-    /// Undoes a start that another step has cut short. After an end in good order there is nothing left to do.
+    /// Undoes a start that another step has cut short, and takes away what an end has left: a dead mount stays for ever.
     fn drop(&mut self) {
-        if self.unmounted.initialized() || *self.ended.borrow() {
+        // Once its threads have ended the number may be another mount's.
+        if *self.ended.borrow() || self.number.is_empty() || number_at(&self.point.path) != self.number {
             return;
         }
-        let task = Task::Unmount { file: &self.point.path, number: &self.number, lazily: true };
-        if let Err(failure) = helper::run(&task, UNMOUNT_LIMIT) {
+        let left = if self.unmounted.initialized() {
+            // A lazy unmount asks nobody.
+            mount::unmount(&self.point.path, true).err().map(|error| format!("{error:#}"))
+        } else {
+            let task = Task::Unmount { file: &self.point.path, number: &self.number, lazily: true };
+            helper::run(&task, UNMOUNT_LIMIT).err().map(|failure| failure.to_string())
+        };
+        if let Some(failure) = left {
             tracing::warn!("{}: cannot be unmounted: {failure}", self.point.path.display());
         }
     }
