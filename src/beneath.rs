@@ -228,14 +228,7 @@ impl Folder {
     /// # Errors
     /// The operating system's.
     pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
-        let mut names = Vec::new();
-        for entry in Dir::read_from(&self.handle)? {
-            let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned();
-            if name != "." && name != ".." {
-                names.push(name);
-            }
-        }
-        Ok(names)
+        names(&self.handle)
     }
 
     /// Removes `name` with all that is below it. What is not there is no error; a link is removed, not followed, and what
@@ -335,6 +328,21 @@ fn explain(error: io::Error, wanted: &str) -> io::Error {
         Some(Errno::NOSYS) => io::Error::other("this kernel has no openat2(2): Linux 5.6 has"),
         _ => error,
     }
+}
+
+/// Returns the names in an open folder, without `.` and `..`.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn names(folder: impl AsFd) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned();
+        if name != "." && name != ".." {
+            names.push(name);
+        }
+    }
+    Ok(names)
 }
 
 #[cfg(test)]

@@ -302,7 +302,7 @@ fn clusters(layers: &[Layer]) -> impl Iterator<Item = u64> {
 /// Counts the tables that stay loaded for the layers, before any is loaded.
 ///
 /// # Errors
-/// One line for the first layer whose tables are too much.
+/// [`OpenError`] for the first layer whose tables do not fit into what is left of the memory budget.
 fn hold_tables(layers: &[Layer], options: &ImageOptions) -> Result<Tables> {
     // A lookup may load one table of each layer.
     let tables = options.access.memory.image(clusters(layers).sum());

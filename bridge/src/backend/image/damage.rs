@@ -55,13 +55,13 @@ pub(super) struct Damage {
 #[derive(Debug)]
 struct Tables {
     l1: Range<u64>,
-    /// What the header names: no L2 table lies there.
+    /// Byte ranges of the structures that the header points to. No L2 table can lie in one of them.
     structures: [Range<u64>; 3],
     /// Places of the L2 tables.
     l2: BTreeSet<u64>,
     originals: Vec<u64>,
     numbers: HashMap<u64, u64>,
-    /// What all substitutes have above their number, so that nothing else in the file looks like one by chance.
+    /// Random bits above the number in each substitute, so that no other entry of the file looks like a substitute.
     nonce: u64,
 }
 

@@ -56,7 +56,7 @@ impl Policy {
     /// Returns the path that `name` in the image at `image` leads to.
     ///
     /// # Errors
-    /// One line: it is no path, does not exist, lies elsewhere, or is part of the chain already.
+    /// One line. The name is no path; the file does not exist, lies outside of the image's folder, or is in the chain already.
     pub(super) fn admit(&mut self, image: &Path, name: &Path, what: &str) -> Result<PathBuf> {
         self.follow(image, name, what, self.any)
     }

@@ -28,7 +28,7 @@ impl Host {
         self.blocks().map_or(0, |blocks| blocks.len() as u64 * BLOCK)
     }
 
-    /// Whether clusters that the file still names may count as free since the last commit.
+    /// Returns true if, since the last commit, a cluster may have been freed to which the tables on disk still point.
     pub(in crate::backend::image) fn has_freed(&self) -> bool {
         self.0.freed.load(Relaxed) || self.0.moved.load(Relaxed)
     }

@@ -43,7 +43,8 @@ pub(in crate::backend::image) struct Identity {
     path: PathBuf,
 }
 
-/// What tells a file from a later one with the same inode.
+/// Returns two numbers that differ between this file and a later one that gets the same inode number: the time at which a
+/// file was created, in seconds and nanoseconds; the device number and disk sequence number of a block device.
 fn birth(file: &File, found: &Metadata) -> io::Result<(u64, u64)> {
     if found.file_type().is_block_device() {
         // A node of /dev stays when another disk comes behind it (loop devices).
